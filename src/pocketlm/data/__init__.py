@@ -1,0 +1,1 @@
+"""From text to micro-batches: ``corpora``, ``shards``, ``batching``, ``loader``, in this order."""

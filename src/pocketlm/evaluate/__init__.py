@@ -1,0 +1,1 @@
+"""Evaluation: numbers that say by which protocol they were measured."""

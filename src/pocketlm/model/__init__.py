@@ -1,0 +1,1 @@
+"""One Transformer, four shapes: positions, layers, attention, cache, loss, transformer."""
