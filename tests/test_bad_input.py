@@ -38,7 +38,7 @@ CASES: list[tuple[str, str, list[str]]] = [
     ("not a number", "train --optimizer.lr nan", ["optimizer.lr", "finite"]),
     ("infinite", "train --optimizer.lr inf", ["optimizer.lr", "finite"]),
     ("unknown choice", "train --data.mode packed", ["data.mode", "'pack'", "'packed'"]),
-    ("heads do not divide the width", "train --model.n_head 7", ["n_embd 256", "n_head 7"]),
+    ("heads do not divide the width", "train --model.n_head 7", ["n_embd 192", "n_head 7"]),
     ("key-value heads do not divide the heads", "train --model.n_kv_head 3", ["n_head 4", "n_kv_head 3"]),
     ("odd head size with rotary positions", "train --model.n_embd 20 --model.n_head 4", ["even head size", "5"]),
     ("no length", "train --training.steps none", ["training.steps", "training.epochs", "empty"]),

@@ -14,7 +14,9 @@ from pocketlm import ModelConfig, SmallLanguageModel
 from pocketlm.errors import PocketError
 from pocketlm.generate.engine import generate
 from pocketlm.generate.sampling import filter_top_k, next_token
+from pocketlm.generate.text import complete
 from pocketlm.model.transformer import Transformer
+from pocketlm.tokenizers import train_bpe
 
 
 def collect(model: Transformer, tokens: Tensor, n: int, **options: object) -> Tensor:
@@ -188,3 +190,18 @@ def test_importing_the_package_and_its_configuration_imports_no_torch() -> None:
         "import sys, pocketlm; pocketlm.ModelConfig(); assert 'torch' not in sys.modules; pocketlm.SmallLanguageModel"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_prompt_that_ends_in_a_space_goes_on_with_a_word():
+    """The space belongs to the next token: no new text begins with a second one, and the prompt is kept as it was."""
+    tokenizer = train_bpe(["def first(x):\n    return x + 1\n\n\ndef second(y):\n    return y\n"] * 20, 300)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, block_size=32, n_layer=1, n_head=2, n_embd=16))
+    settings = {"max_tokens": 5, "temperature": 1.0, "top_k": None}
+    firsts = [next(complete(model, tokenizer, "def ", seed=seed, **settings)) for seed in range(20)]
+    begins = {tokenizer.decode([i])[1:] for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).startswith(" ")}
+    assert set(firsts) <= begins
+    assert len(set(firsts)) > 3
+    plain = "".join(complete(model, tokenizer, "def", seed=1, **settings))
+    ids = generate(model, torch.tensor([tokenizer.encode("def")]), max_new_tokens=5, temperature=1.0, seed=1)
+    assert plain == tokenizer.decode([int(i) for i in ids])

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "data": {"errors", "config", "tokenizers"},
     "model": {"errors", "config"},
     "evaluate": {"errors", "config", "tokenizers", "data", "model"},
-    "generate": {"errors", "config", "model"},
+    "generate": {"errors", "config", "tokenizers", "model"},
     "train": {"errors", "config", "tokenizers", "data", "model", "evaluate", "generate"},
     "api": set(ROOMS) - {"cli", "api"},
     "cli": set(ROOMS) - {"cli"},

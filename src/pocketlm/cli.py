@@ -205,29 +205,23 @@ def _generate(args: list[str], began: float) -> int:
     run = find_run(options.run)
     sampling = run.config().sampling
 
-    import torch
-
     from pocketlm.api import load_run
-    from pocketlm.generate.engine import generate
+    from pocketlm.generate.text import complete
 
     model, tokenizer = load_run(run, options.checkpoint, options.device)
-    ids = tokenizer.encode(options.prompt) or [tokenizer.separator_id]
-    tokens = torch.tensor([ids], device=next(model.parameters()).device)
-    steps = generate(
+    pieces = complete(
         model,
-        tokens,
-        max_new_tokens=options.max_tokens or sampling.max_tokens,
+        tokenizer,
+        options.prompt,
+        max_tokens=options.max_tokens or sampling.max_tokens,
         temperature=sampling.temperature if options.temperature is None else options.temperature,
         top_k=sampling.top_k if options.top_k is None else options.top_k,
         seed=options.seed,
-        stop_ids=(tokenizer.separator_id,),
     )
-    stream = tokenizer.stream()
     print(options.prompt, end="", flush=True)
-    for token in steps:
-        if int(token) != tokenizer.separator_id:
-            print(stream.push(int(token)), end="", flush=True)
-    print(stream.flush(), flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
     return 0
 
 

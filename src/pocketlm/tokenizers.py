@@ -17,10 +17,13 @@ import hashlib
 import json
 import logging
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import numpy.typing as npt
@@ -302,6 +305,26 @@ def _find_separator(library: Library, settings: Mapping[str, Any], file: Path) -
     )
 
 
+@contextmanager
+def cache_without_network() -> Iterator[None]:
+    """The Hub's libraries go to their local cache at once where the Hub's name cannot be resolved.
+
+    They would go there after 23 s of retries. Behind a proxy names need not resolve, so it is left to them.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    if not before and not getproxies():
+        try:
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _download(hub_name: str, hint: str = "") -> Path:
     """The folder of a tokenizer in the Hub's local cache, fetched if it is not there yet."""
     try:
@@ -309,15 +332,16 @@ def _download(hub_name: str, hint: str = "") -> Path:
     except ImportError:
         raise MissingExtraError("huggingface_hub", "data", f"the tokenizer '{hub_name}'") from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one sentence instead of its retries
-    try:
-        file = Path(hf_hub_download(hub_name, "tokenizer.json"))
-    except Exception as e:  # whatever fails here is the network, the name or the Hub
-        raise TokenizerError(
-            f"the tokenizer '{hub_name}' could not be fetched from the Hub ({type(e).__name__}): check the name and "
-            f"the network, or give --tokenizer.name a local folder with tokenizer.json{hint}"
-        ) from None
-    with suppress(Exception):  # without it the separator is found by its usual names
-        hf_hub_download(hub_name, "tokenizer_config.json")
+    with cache_without_network():
+        try:
+            file = Path(hf_hub_download(hub_name, "tokenizer.json"))
+        except Exception as e:  # whatever fails here is the network, the name or the Hub
+            raise TokenizerError(
+                f"the tokenizer '{hub_name}' could not be fetched from the Hub ({type(e).__name__}): check the name "
+                f"and the network, or give --tokenizer.name a local folder with tokenizer.json{hint}"
+            ) from None
+        with suppress(Exception):  # without it the separator is found by its usual names
+            hf_hub_download(hub_name, "tokenizer_config.json")
     return file.parent
 
 

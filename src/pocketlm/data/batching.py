@@ -5,7 +5,7 @@ What belongs here: pure functions from lengths to plans, no tokens and no tensor
 Design: a plan is three arrays - spans of targets, spans grouped into rows, rows grouped into batches - and depends on
 nothing but its arguments, so a position in the data is two numbers and resuming costs nothing. Whatever the mode,
 every token of the stream but the first is a target exactly once. Packing is best-fit decreasing with the free space
-of rows as a bit mask: 100 thousand documents in 0.2 s.
+of rows as a bit mask: 100 thousand documents in 0.04 s.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Rows of datasets on the Hugging Face Hub, downloaded or streamed.
 
-What belongs here: the only place that knows the ``datasets`` library. Imports ``errors``.
+What belongs here: the only place that knows the ``datasets`` library. Imports ``errors``,
+``tokenizers``.
 
 Design: a dataset is its rows of text by split, under our three names of splits, and one string that identifies its
 version: the builder's hash, which is that of the commit. Whatever fails in between becomes one sentence.
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pocketlm.errors import CorpusError, MissingExtraError
+from pocketlm.tokenizers import cache_without_network
 
 SPLIT_WORDS = {
     "train": "train",
@@ -43,10 +45,11 @@ def load(name: str, *, subset: str | None, revision: str | None, streaming: bool
     except ImportError:
         raise MissingExtraError("datasets", "data", f"the dataset '{name}'") from None
     try:
-        builder = datasets.load_dataset_builder(name, subset, revision=revision)
-        if not streaming:
-            builder.download_and_prepare()
-        theirs: Mapping[str, Any] = builder.as_streaming_dataset() if streaming else builder.as_dataset()
+        with cache_without_network():
+            builder = datasets.load_dataset_builder(name, subset, revision=revision)
+            if not streaming:
+                builder.download_and_prepare()
+            theirs: Mapping[str, Any] = builder.as_streaming_dataset() if streaming else builder.as_dataset()
     except Exception as e:  # whatever fails here is the network, the name, the subset or the disk
         raise _unreachable(name, e) from None
     ours = {SPLIT_WORDS[split]: rows for split, rows in theirs.items() if split in SPLIT_WORDS}

@@ -1,7 +1,7 @@
 """The token cache: every corpus is tokenised once, into files that are verified and memory-mapped.
 
-What belongs here: tokenising in bounded memory, the format on disk, and reading it. Imports ``errors``,
-``tokenizers``, ``data.corpora``.
+What belongs here: the format on disk, writing it so that it can be resumed, and reading it. Imports ``errors``,
+``tokenizers``, ``data.corpora``, ``data.encoding``.
 
 Design: a split is one stream ``sep d0 sep d1 ... sep dn sep``, so that every token but the first has one before it.
 It lies in shards of whole documents, 16 million tokens each (32 MB at 2 bytes), which is also what an interrupted
@@ -24,7 +24,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,19 +36,15 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from pocketlm.data.corpora import Corpus
+from pocketlm.data.encoding import encoded
 from pocketlm.errors import CorpusError
 from pocketlm.tokenizers import Ids, Tokenizer
 
 FORMAT = 1
 MANIFEST, BUILDING = "manifest.json", "building.json"
 SHARD_TOKENS = 2**24
-BATCH_CHARS = 2**22
-"""Characters encoded in one call: enough to keep all cores busy, little beside a shard."""
-PIECE_CHARS = 2**16
-"""Longer documents are cut into pieces of about this size for the encoder, where the tokenizer allows it."""
 VERIFIED_BYTES = 2**28
 """Up to this size a cache is verified whole when it is opened; beyond, each shard when it is first read."""
-_EDGE = re.compile(r"\S(?=[ \n])")
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int], None]
@@ -65,10 +60,16 @@ class Shard:
     dtype: str
     sha256: str
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.n_tokens * np.dtype(self.dtype).itemsize
+
     @cached_property
     def tokens(self) -> Ids:
         """(n_tokens,) ids. Raises CorpusError when the file is not what was written."""
-        _verify(self.path, self.n_tokens * np.dtype(self.dtype).itemsize, self.sha256)
+        if not _is_intact(self.path, self.size, self.sha256):
+            raise CorpusError(f"{_damaged(self.path)}; delete the folder, and it is built again")
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.n_tokens,))
 
 
@@ -109,7 +110,7 @@ class TokenSplit:
 
     def read(self, start: int, stop: int) -> Ids:
         """(stop - start,) ids of the stream. Raises CorpusError when a shard is damaged."""
-        assert 0 <= start <= stop <= self.n_stored, f"[{start}, {stop}) of {self.n_stored}"
+        assert 0 <= start < stop <= self.n_stored, f"[{start}, {stop}) of {self.n_stored}"
         first, last = np.searchsorted(self._edges, (start, stop - 1), side="right") - 1
         parts = [
             self.shards[i].tokens[max(0, start - self._edges[i]) : stop - self._edges[i]]
@@ -180,16 +181,14 @@ def _open(folder: Path, key: str) -> TokenCache:
     """The cache in ``folder``. Raises CorpusError when it is damaged."""
     manifest = _manifest(folder / MANIFEST, key)
     if manifest is None:
-        raise CorpusError(f"the token cache '{folder}' is damaged: its {MANIFEST} cannot be read")
+        raise CorpusError(_damaged(folder / MANIFEST))
     dtype, separator_id = manifest["dtype"], manifest["tokenizer"]["separator_id"]
     splits = {name: _split(folder, name, entries, dtype, separator_id) for name, entries in manifest["splits"].items()}
     shards = [shard for split in splits.values() for shard in split.shards]
-    small = sum(shard.path.stat().st_size for shard in shards) <= VERIFIED_BYTES
+    small = sum(shard.size for shard in shards) <= VERIFIED_BYTES
     for shard in shards:
-        if small:
-            shard.tokens  # noqa: B018 - verifies
-        else:
-            _verify(shard.path, shard.n_tokens * np.dtype(dtype).itemsize, None)
+        if not _is_intact(shard.path, shard.size, shard.sha256 if small else None):
+            raise CorpusError(_damaged(shard.path))
     return TokenCache(folder, splits, key)
 
 
@@ -210,26 +209,31 @@ def _split(folder: Path, name: str, entries: list[dict[str, Any]], dtype: str, s
     starts, offset = [], 0
     for i, (shard, entry) in enumerate(zip(shards, entries, strict=True)):
         path = folder / _file(f"{name}-docs", i)
-        _verify(path, 8 * entry["documents"], entry["docs_sha256"])
+        if not _is_intact(path, 8 * entry["documents"], entry["docs_sha256"]):
+            raise CorpusError(_damaged(path))
         starts.append(np.fromfile(path, dtype="<i8") + offset)
         offset += shard.n_tokens
     n_bytes, n_words, n_lines = (sum(entry[count] for entry in entries) for count in ("bytes", "words", "lines"))
     return TokenSplit(name, shards, np.concatenate(starts), separator_id, n_bytes, n_words, n_lines)
 
 
-def _verify(path: Path, size: int, sha256: str | None) -> None:
+def _is_intact(path: Path, size: int, sha256: str | None) -> bool:
+    """Whether a file has this size and, where it is given, this digest."""
     try:
-        ok = path.stat().st_size == size
-        if ok and sha256 is not None:
-            with path.open("rb") as file:
-                digest = hashlib.sha256()
-                while block := file.read(2**20):
-                    digest.update(block)
-            ok = digest.hexdigest() == sha256
+        same_size = path.stat().st_size == size
+        if not same_size or sha256 is None:
+            return same_size
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest() == sha256
     except FileNotFoundError:
-        ok = False
-    if not ok:
-        raise CorpusError(f"the token cache '{path.parent}' is damaged: {path.name} is not what was written")
+        return False
+
+
+def _damaged(path: Path) -> str:
+    return f"the token cache '{path.parent}' is damaged: {path.name} is not what was written"
 
 
 # ---------------------------------------------------------------- building
@@ -260,7 +264,7 @@ def _build(
         done = sum(entry["documents"] for entry in entries)
         total = sum(entry["tokens"] for entry in entries)
         documents = islice(corpus.documents(split), done, None)
-        for shard in _shards(_encoded(documents, tokenizer), tokenizer, shard_tokens):
+        for shard in _shards(encoded(documents, tokenizer), tokenizer, shard_tokens):
             entries.append(shard.write(folder, split, len(entries), manifest["dtype"]))
             total += len(shard.ids)
             _replace(folder / BUILDING, json.dumps(manifest, indent=1))
@@ -296,7 +300,7 @@ class _NewShard:
         }
 
 
-def _shards(encoded: Iterator[tuple[str, list[Ids]]], tokenizer: Tokenizer, shard_tokens: int) -> Iterator[_NewShard]:
+def _shards(documents: Iterator[tuple[str, list[Ids]]], tokenizer: Tokenizer, shard_tokens: int) -> Iterator[_NewShard]:
     """Gather documents, a separator before each, until a shard is full. Where it ends depends on nothing else,
     so a resumed build writes the bytes of an uninterrupted one."""
     separator = np.array([tokenizer.separator_id], dtype=tokenizer.dtype)
@@ -309,7 +313,7 @@ def _shards(encoded: Iterator[tuple[str, list[Ids]]], tokenizer: Tokenizer, shar
         n_bytes, n_words, n_lines = map(int, counts)
         return _NewShard(ids, np.array(starts, dtype=np.int64), (n_bytes, n_words, n_lines), closes)
 
-    for text, pieces in encoded:
+    for text, pieces in documents:
         starts.append(length + 1)
         parts += [separator, *pieces]
         length += 1 + sum(map(len, pieces))
@@ -319,52 +323,6 @@ def _shards(encoded: Iterator[tuple[str, list[Ids]]], tokenizer: Tokenizer, shar
             parts, starts, length = [], [], 0
             counts[:] = 0
     yield shard(closes=True)
-
-
-def _encoded(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[tuple[str, list[Ids]]]:
-    """Every document with its ids in pieces. A batch is encoded while the one before it is stored."""
-    waiting: list[tuple[list[tuple[str, int]], Future[list[Ids]]]] = []
-    with ThreadPoolExecutor(1) as pool:
-        for texts in _batches(documents):
-            pieces = [_pieces(text) if tokenizer.safe_to_split else [text] for text in texts]
-            flat = [piece for each in pieces for piece in each]
-            sizes = [(text, len(each)) for text, each in zip(texts, pieces, strict=True)]
-            waiting.append((sizes, pool.submit(tokenizer.encode_batch, flat)))
-            if len(waiting) == 2:
-                yield from _regrouped(*waiting.pop(0))
-        for batch in waiting:
-            yield from _regrouped(*batch)
-
-
-def _regrouped(sizes: list[tuple[str, int]], future: Future[list[Ids]]) -> Iterator[tuple[str, list[Ids]]]:
-    ids = iter(future.result())
-    for text, n in sizes:
-        yield text, list(islice(ids, n))
-
-
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Documents in groups of about ``BATCH_CHARS``."""
-    batch: list[str] = []
-    length = 0
-    for text in documents:
-        batch.append(text)
-        length += len(text)
-        if length >= BATCH_CHARS:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
-
-
-def _pieces(text: str) -> list[str]:
-    """``text`` cut between a non-space and a space or line end, about every ``PIECE_CHARS``."""
-    pieces, start = [], 0
-    while start < len(text):
-        edge = _EDGE.search(text, start + PIECE_CHARS)
-        end = edge.end() if edge else len(text)
-        pieces.append(text[start:end])
-        start = end
-    return pieces
 
 
 # ---------------------------------------------------------------- files

@@ -3,7 +3,7 @@
 What belongs here: decoding, and where a document begins. Imports ``errors``.
 
 Design: plain text is decoded in pieces of 1 MiB and only ever cut, so a file's documents joined are the file's
-text and nothing is lost or counted twice; no document is longer than 16 million characters, which bounds memory
+text and nothing is lost or counted twice; no document is longer than about 16 million characters, which bounds memory
 for files of any size. A byte order mark is dropped and ``\\r\\n`` and ``\\r`` become ``\\n``. Rows of jsonl and
 parquet are one document each, verbatim. Documents without a visible character are left out.
 """
@@ -15,7 +15,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, tee, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +82,18 @@ def cut(pieces: Iterable[str], unit: str) -> Iterator[str]:
     """
     begins = _BEGINS[unit]
     blocks = _blocks(pieces)
-    this, following = tee(blocks if unit == "file" else chain.from_iterable(map(io.StringIO, blocks)))
-    next(following, None)
+    parts = blocks if unit == "file" else chain.from_iterable(map(io.StringIO, blocks))
     document: list[str] = []
     length, blank, before = 0, True, ""
-    for part, after in zip_longest(this, following, fillvalue=""):
+    part = next(parts, "")
+    while part:
+        after = next(parts, "")
         if not blank and (length + len(part) > LONGEST or begins(before, part, after)):
             yield "".join(document)
             document, length, blank = [], 0, True
         document.append(part)
-        length, blank, before = length + len(part), blank and not part.strip(), part
+        length, blank = length + len(part), blank and not part.strip()
+        before, part = part, after
     if not blank:
         yield "".join(document)
 

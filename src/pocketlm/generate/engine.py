@@ -29,8 +29,11 @@ def generate(
     top_k: int | None = None,
     seed: int | None = None,
     stop_ids: Collection[int] = (),
+    first: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Continue prompts tokens (B, T), T >= 1, on the model's device; yield the new ids (B,) int64 of each step.
+
+    first (V,) bool: the ids among which the first new one is chosen; None: all.
 
     Ends after max_new_tokens, or once each row has met one of stop_ids (yielded too, and repeated for a row that ends
     before the others). Of a prompt longer than the context its end is read. Draws from a generator of its own: seed
@@ -54,7 +57,10 @@ def generate(
         done = torch.zeros(len(seen), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             hidden = model.hidden(unread, cache=cache)
-            chosen = next_token(model.logits(hidden[:, -1]), temperature, top_k, generator)
+            logits = model.logits(hidden[:, -1])
+            if first is not None:
+                logits, first = logits.masked_fill(~first, float("-inf")), None
+            chosen = next_token(logits, temperature, top_k, generator)
             chosen = torch.where(done, seen[:, -1], chosen)
             yield chosen
             if stop_ids:

@@ -19,6 +19,9 @@ from html import escape
 Point = tuple[float, float | None]
 """(x, y) in the units of the axes; y is None (or not finite) where there is no value, which breaks the line."""
 
+Words = Callable[[float], str]
+"""How a value is written."""
+
 BOX = 1000
 READINGS = 250
 """Places at which the pointer finds a value."""
@@ -41,7 +44,7 @@ class Axis:
 
     low: float
     high: float
-    words: Callable[[float], str]
+    words: Words
 
     def place(self, value: float) -> float:
         """0 at ``low``, BOX at ``high``."""
@@ -53,17 +56,16 @@ def chart(
     *,
     title: str,
     x_name: str,
-    x_words: Callable[[float], str],
-    y_words: Callable[[float], str],
+    x_words: Words,
+    y_words: Words,
     from_zero: bool = False,
     best: tuple[float, float] | None = None,
 ) -> str:
-    """``series`` over a common x axis; ``best`` marks one point. The first series' points answer the pointer."""
+    """``series`` over a common x axis from 0; ``best`` marks one point. The first series' points answer the pointer."""
     series = [s for s in (Series(s.name, thin(finite(s.points)), s.style, s.dots) for s in series) if _values(s)]
     if not series:
         return f'<figure class="chart"><p class="empty">{escape(title)}: nothing recorded yet.</p></figure>'
-    xs = [x for s in series for x, _ in s.points]
-    x = Axis(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, x_words)
+    x = Axis(0.0, max(p[0] for s in series for p in s.points) or 1.0, x_words)
     y = Axis(*value_range([v for s in series for v in _values(s)], from_zero), y_words)
     y_ticks, x_ticks = nice_ticks(y.low, y.high, 5), nice_ticks(x.low, x.high, 5)
     grid = "".join(f"M0 {BOX - y.place(t):.1f}H{BOX}" for t in y_ticks)
@@ -75,12 +77,12 @@ def chart(
     labels = [f'<span class="y" style="top:{100 - y.place(t) / 10:.2f}%">{escape(y_words(t))}</span>' for t in y_ticks]
     labels += [f'<span class="x" style="left:{x.place(t) / 10:.2f}%">{escape(x_words(t))}</span>' for t in x_ticks]
     legend = "".join(f'<span class="key {s.style}">{escape(s.name)}</span>' for s in series)
-    readings = escape(json.dumps(_readings(series, x, x_name)))
+    readings = escape(json.dumps(_readings(series, x, x_name, y_words)))
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b> {legend if len(series) > 1 else ""}'
-        f'<output></output></figcaption><div class="plot" data-read="{readings}">'
+        f'</figcaption><div class="plot" data-read="{readings}">'
         f'<svg viewBox="0 0 {BOX} {BOX}" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">'
-        f'{"".join(marks)}</svg>{"".join(labels)}<i class="cursor" hidden></i></div></figure>'
+        f'{"".join(marks)}</svg>{"".join(labels)}<i class="cursor" hidden></i><output></output></div></figure>'
     )
 
 
@@ -108,16 +110,26 @@ def thin(points: Sequence[Point], limit: int = 1000) -> list[Point]:
     return kept
 
 
+def centred_means(values: Sequence[float | None], reach: int) -> list[float | None]:
+    """Mean of the finite values up to ``reach`` places either side, fewer near the ends: smooth without lagging."""
+    means: list[float | None] = []
+    for i in range(len(values)):
+        r = min(reach, i, len(values) - 1 - i)
+        near = [v for v in values[i - r : i + r + 1] if v is not None]
+        means.append(sum(near) / len(near) if near and values[i] is not None else None)
+    return means
+
+
 def finite(points: Sequence[Point]) -> list[Point]:
     """``points`` with None for what is no number."""
     return [(x, v if v is not None and math.isfinite(v) else None) for x, v in points]
 
 
 def value_range(values: Sequence[float], from_zero: bool) -> tuple[float, float]:
-    """Range of the y axis. A few outliers (first steps, one spike) leave the picture rather than flatten it."""
+    """Range of the y axis. A few outliers (first steps, a spike) leave the picture rather than flatten it."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
-    usual = ordered[int(0.98 * (len(ordered) - 1))]
+    usual = ordered[int(0.95 * (len(ordered) - 1))]
     base = 0.0 if from_zero else low
     if high - base > 2.5 * (usual - base) > 0:
         high = base + 1.25 * (usual - base)
@@ -146,7 +158,7 @@ def _dots(points: Sequence[Point], x: Axis, y: Axis) -> str:
     return "".join(f"M{x.place(at):.1f} {BOX - y.place(v):.1f}h0" for at, v in points if v is not None)
 
 
-def _readings(series: Sequence[Series], x: Axis, x_name: str) -> list[tuple[float, str]]:
+def _readings(series: Sequence[Series], x: Axis, x_name: str, y_words: Words) -> list[tuple[float, str]]:
     """(place along x, words): each series' latest value at or before that place."""
     known = [(s.name, [p for p in s.points if p[1] is not None]) for s in series]
     first = known[0][1]
@@ -157,6 +169,7 @@ def _readings(series: Sequence[Series], x: Axis, x_name: str) -> list[tuple[floa
         for name, points in known:
             k = bisect_right(points, at, key=lambda p: p[0])
             if k:
-                words.append(f"{name} {points[k - 1][1]:.4g}")
+                value = y_words(float(f"{points[k - 1][1]:.4g}"))
+                words.append(f"{name} {value}" if len(known) > 1 else value)
         rows.append((round(x.place(at), 1), " · ".join(words)))
     return rows

@@ -13,6 +13,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import islice
 from types import FrameType
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 
 from pocketlm.data.loader import Batch
 from pocketlm.evaluate.perplexity import Evaluation, evaluate
-from pocketlm.generate.engine import generate
+from pocketlm.generate.text import complete
 from pocketlm.train import checkpoint
 from pocketlm.train.events import End, Message, Record, Sample, Start, Step, Validation
 from pocketlm.train.report import write_report
@@ -36,6 +37,7 @@ def train(session: Session) -> End:
     progress, total = state.progress, session.total_steps
     tell(session, start_record(session))
     batches = session.loader.batches(progress.position)
+    evaluation: Evaluation | None = None
     with StopSignal() as stop:
         clock.lap("startup")
         while progress.step < total and not stop.requested:
@@ -56,7 +58,7 @@ def train(session: Session) -> End:
             last = progress.step == total
             due_validation = last or _due(progress.step, config.evaluation.every)
             if due_validation:
-                validate(session)
+                evaluation = validate(session)
                 clock.lap("evaluation")
             if last or _due(progress.step, config.training.save_every) or progress.best_step == progress.step:
                 checkpoint.save(state, session.run.checkpoints, keep_last=config.training.keep_last)
@@ -68,7 +70,7 @@ def train(session: Session) -> End:
         if progress.step < total:
             checkpoint.save(state, session.run.checkpoints, keep_last=config.training.keep_last)
             clock.lap("saving")
-    return finish(session, clock)
+    return finish(session, clock, evaluation)
 
 
 def train_step(state: TrainState, window: Sequence[Batch], grad_clip: float) -> tuple[float, float]:
@@ -97,18 +99,19 @@ def train_step(state: TrainState, window: Sequence[Batch], grad_clip: float) -> 
     return float(total), float(grad_norm)
 
 
-def validate(session: Session) -> None:
+def validate(session: Session) -> Evaluation:
     """Score the whole held-out split, and note whether it is the best so far."""
     progress = session.state.progress
     result = score(session, "validation")
     progress.validated_step, progress.validation_loss = progress.step, result.loss
-    best = progress.best_loss is None or result.loss < progress.best_loss
+    best = math.isfinite(result.loss) and (progress.best_loss is None or result.loss < progress.best_loss)
     if best:
         progress.best_loss, progress.best_step = result.loss, progress.step
     record = Validation(
         progress.step, progress.tokens, progress.seconds, result.loss, result.perplexity, result.bits_per_byte, best
     )
     tell(session, record)
+    return result
 
 
 def score(session: Session, split: str) -> Evaluation:
@@ -128,31 +131,31 @@ def score(session: Session, split: str) -> Evaluation:
 
 def sample(session: Session) -> None:
     """Complete the configured prompts. Uses a generator of its own, so training does not notice."""
-    config, state, tokenizer = session.config.sampling, session.state, session.tokenizer
-    for prompt in config.prompts:
-        ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
-        tokens = torch.tensor([ids], device=session.runtime.device)
-        steps = generate(
-            state.model,
-            tokens,
-            max_new_tokens=config.max_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            seed=config.seed,
-            stop_ids=(tokenizer.separator_id,),
-        )
-        text = tokenizer.decode([i for i in (int(t) for t in steps) if i != tokenizer.separator_id])
-        tell(session, Sample(state.progress.step, prompt, text))
+    config, state = session.config.sampling, session.state
+    # Compiled blocks would be compiled again for every length.
+    compiled = session.config.training.compile
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        for prompt in config.prompts:
+            pieces = complete(
+                state.model,
+                session.tokenizer,
+                prompt,
+                max_tokens=config.max_tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                seed=config.seed,
+            )
+            tell(session, Sample(state.progress.step, prompt, "".join(pieces)))
 
 
-def finish(session: Session, clock: Clock) -> End:
+def finish(session: Session, clock: Clock, evaluation: Evaluation | None) -> End:
     """Write the final numbers and the report, and say goodbye."""
     progress, run = session.state.progress, session.run
     finished = progress.step == session.total_steps
     if not finished:
         text = f"stopped after step {progress.step} and saved; go on with: pocketlm train --resume {run.folder}"
         tell(session, Message(progress.step, text))
-    summary = summarize(session, clock)
+    summary = summarize(session, clock, evaluation)
     checkpoint.write_atomically(run.summary_path, json.dumps(summary, indent=2))
     end = End(progress.step, finished, summary)
     tell(session, end)
@@ -160,7 +163,7 @@ def finish(session: Session, clock: Clock) -> End:
     return end
 
 
-def summarize(session: Session, clock: Clock) -> dict[str, Any]:
+def summarize(session: Session, clock: Clock, evaluation: Evaluation | None) -> dict[str, Any]:
     """The final numbers of a run."""
     state, progress = session.state, session.state.progress
     return {
@@ -178,6 +181,7 @@ def summarize(session: Session, clock: Clock) -> dict[str, Any]:
         "best_loss": progress.best_loss,
         "best_step": progress.best_step,
         "validation_loss": progress.validation_loss,
+        "validation": evaluation.to_dict() if evaluation else None,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
         "wall_seconds": clock.total(),
         "seconds": clock.seconds,

@@ -23,13 +23,13 @@ from string import Template
 from typing import Any
 
 from pocketlm.errors import RunError
-from pocketlm.train.curves import Point, Series, chart
-from pocketlm.train.observers import MEMORY, RunningMean
+from pocketlm.train.curves import Series, centred_means, chart
+from pocketlm.train.observers import MEMORY
 from pocketlm.train.words import count, duration, gigabytes, next_commands, perplexity, visible
 
 SAMPLED_STEPS = 8
 """Steps whose samples are shown: first, last and evenly between."""
-WORSE = 1.01
+WORSE = 1.02
 """A last validation loss this many times the best one is worth a warning."""
 
 
@@ -99,15 +99,17 @@ class Recorded:
         return next(iter(self.kind("train")[::-1]), {})
 
     @cached_property
-    def smooth(self) -> list[tuple[dict[str, Any], float]]:
-        """Train records, each with the running mean of the loss over about the last MEMORY steps."""
+    def lines_in_mean(self) -> int:
+        """Train records that MEMORY steps make."""
         train = self.kind("train")
-        lines_apart = (train[-1]["step"] - train[0]["step"]) / max(1, len(train) - 1) if train else 1
-        mean, found = RunningMean(max(2, round(MEMORY / max(1, lines_apart)))), []
-        for record in train:
-            mean.add(_number(record["loss"]))
-            found.append((record, mean.value))
-        return found
+        apart = (train[-1]["step"] - train[0]["step"]) / (len(train) - 1) if len(train) > 1 else MEMORY
+        return max(1, round(MEMORY / apart))
+
+    @cached_property
+    def train_loss(self) -> float:
+        """Mean over the last MEMORY steps; NaN if there is no number among them."""
+        losses = [r["loss"] for r in self.kind("train")[-self.lines_in_mean :] if r["loss"] is not None]
+        return sum(losses) / len(losses) if losses else math.nan
 
 
 # ---------------------------------------------------------------- the page
@@ -123,9 +125,7 @@ def _page(run: Recorded) -> dict[str, str]:
         "name": _safe(name),
         "state": "" if finished else '<span class="state">not finished</span>',
         "sentence": _safe(sentence(run)),
-        "notes": "".join(
-            f'<p class="note{" warning" if warns else ""}">{_safe(text)}</p>' for text, warns in _notes(run)
-        ),
+        "notes": "".join(f'<p class="{style}">{_safe(text)}</p>' for text, style in _notes(run)),
         "tiles": "".join(_tile(*tile) for tile in _tiles(run)),
         "curves": _loss_curves(run),
         "small": "".join(_small_curves(run)),
@@ -145,17 +145,19 @@ def sentence(run: Recorded) -> str:
     step = last.get("step", 0)
     if not step:
         return f"{size}{of_what} has not made its first steps yet."
-    took = f"{step:,} steps and {duration(last['seconds'])} of training"
     if run.best is None:
-        loss = run.smooth[-1][1]
-        reached = f"training loss {loss:.2f}" if math.isfinite(loss) else "a loss that is not a number"
-        return f"{size}{of_what} reached {reached} after {took}; it has not been validated yet."
+        reached = f"reached training loss {_fixed(run.train_loss, 2)} after {_after(last, step)}"
+        return f"{size}{of_what} {reached}; it has not been validated yet."
     b = run.best
-    words = (
-        f"perplexity {perplexity(_number(b['perplexity'], math.inf))}, {_number(b['bits_per_byte']):.2f} bits per byte"
-    )
-    when = took if b["step"] == step else f"{b['step']:,} of {took}"
-    return f"{size}{of_what} reached validation loss {b['loss']:.2f} ({words}) after {when}."
+    values = perplexity(_number(b["perplexity"], math.inf)), _fixed(b["bits_per_byte"], 2)
+    words = "perplexity {}, {} bits per byte".format(*values)
+    return f"{size}{of_what} reached validation loss {b['loss']:.2f} ({words}) after {_after(b, step)}."
+
+
+def _after(record: dict[str, Any], steps: int) -> str:
+    """'1,650 of 2,000 steps and 2 min 45 s of training'."""
+    of_all = "" if record["step"] == steps else f" of {steps:,}"
+    return f"{record['step']:,}{of_all} steps and {duration(record['seconds'])} of training"
 
 
 def _notes(run: Recorded) -> list[tuple[str, str]]:
@@ -183,20 +185,23 @@ def _tiles(run: Recorded) -> list[tuple[str, str, str]]:
         tiles += [
             ("validation loss", f"{b['loss']:.3f}", f"best, at step {b['step']:,}"),
             ("perplexity", perplexity(_number(b["perplexity"], math.inf)), "per token of this tokenizer"),
-            ("bits per byte", f"{_number(b['bits_per_byte']):.3f}", "comparable between tokenizers"),
+            ("bits per byte", _fixed(b["bits_per_byte"], 3), "comparable between tokenizers"),
         ]
     if last:
-        loss = run.smooth[-1][1]
         speed = count(last["tokens"] / last["seconds"]) if last["seconds"] else "-"
         memory = summary.get("peak_memory_bytes", last["memory_bytes"])
         tiles += [
-            ("training loss", f"{loss:.3f}" if math.isfinite(loss) else "-", f"mean of the last {MEMORY} steps"),
+            (
+                "training loss",
+                _fixed(run.train_loss, 3),
+                f"mean of the last {MEMORY} steps",
+            ),
             ("steps", f"{last['step']:,}", f"{count(last['tokens'])} tokens, {last['epoch']:.1f} epochs"),
             ("tokens a second", speed, "of training time"),
             ("peak memory", gigabytes(memory), summary.get("device", "")),
         ]
     if "parameters" in summary:
-        vocabulary = f"{summary['vocab_size']:,} tokens known" if "vocab_size" in summary else ""
+        vocabulary = f"vocabulary of {summary['vocab_size']:,}" if "vocab_size" in summary else ""
         tiles.append(("parameters", count(summary["parameters"]), vocabulary))
     return tiles
 
@@ -208,23 +213,24 @@ def _tile(name: str, value: str, remark: str) -> str:
 def _loss_curves(run: Recorded) -> str:
     """Loss against steps, tokens and time; radio buttons choose, without a script."""
     longest = _number(run.last.get("seconds", 0.0))
-    unit, size = ("h", 3600) if longest > 7200 else ("min", 60) if longest > 120 else ("s", 1)
-    axes: dict[str, tuple[str, Callable[[float], str]]] = {
-        "steps": ("step", _whole),
-        "tokens": ("tokens", count),
-        "time": ("seconds", lambda s: f"{s / size:.4g} {unit}"),
+    unit, unit_seconds = ("h", 3600) if longest > 7200 else ("min", 60) if longest > 120 else ("s", 1)
+    axes: dict[str, tuple[str, int, Callable[[float], str]]] = {
+        "step": ("step", 1, _whole),
+        "tokens": ("tokens", 1, count),
+        "time": ("seconds", unit_seconds, lambda t: f"{t:.3g} {unit}"),
     }
-    inputs = "".join(f'<input type="radio" name="axis" id="by-{a}"{" checked" * (a == "steps")}>' for a in axes)
+    inputs = "".join(f'<input type="radio" name="axis" id="by-{a}"{" checked" * (a == "step")}>' for a in axes)
     labels = "".join(f'<label for="by-{a}">{a}</label>' for a in axes)
-    charts = []
-    for axis, (key, words) in axes.items():
+    train, held, charts = run.kind("train"), run.kind("validation"), []
+    smooth = centred_means([r["loss"] for r in train], run.lines_in_mean // 2)
+    for axis, (key, size, words) in axes.items():
         series = [
-            Series("training", _points(run.kind("train"), key, "loss"), "raw"),
-            Series("running mean", [(r[key], mean) for r, mean in run.smooth], "train"),
-            Series("validation", _points(run.kind("validation"), key, "loss"), "held", dots=True),
+            Series("training", [(r[key] / size, r["loss"]) for r in train], "raw"),
+            Series("running mean", [(r[key] / size, mean) for r, mean in zip(train, smooth, strict=True)], "train"),
+            Series("validation", [(r[key] / size, r["loss"]) for r in held], "held", dots=True),
         ]
-        best = (run.best[key], run.best["loss"]) if run.best else None
-        drawn = chart(series, title="Loss, nats a token", x_name=key, x_words=words, y_words=_plain, best=best)
+        best = (run.best[key] / size, run.best["loss"]) if run.best else None
+        drawn = chart(series, title="Loss, nats a token", x_name=axis, x_words=words, y_words=_plain, best=best)
         charts.append(f'<div class="by by-{axis}">{drawn}</div>')
     return f'{inputs}<div class="axes">against {labels}</div>{"".join(charts)}'
 
@@ -237,7 +243,7 @@ def _small_curves(run: Recorded) -> list[str]:
         ("Tokens a second", "tokens_per_second", count),
         ("Gradient norm", "grad_norm", _plain),
     ):
-        series = [Series(title.lower(), _points(run.kind("train"), "step", key), "train")]
+        series = [Series(title.lower(), [(r["step"], r[key]) for r in run.kind("train")], "train")]
         charts.append(chart(series, title=title, x_name="step", x_words=_whole, y_words=words, from_zero=True))
     return charts
 
@@ -309,8 +315,9 @@ def _number(value: Any, missing: float = math.nan) -> float:
     return missing if value is None else float(value)
 
 
-def _points(records: list[dict[str, Any]], x: str, y: str) -> list[Point]:
-    return [(record[x], record[y]) for record in records]
+def _fixed(value: float | None, digits: int) -> str:
+    number = _number(value)
+    return f"{number:.{digits}f}" if math.isfinite(number) else "not a number"
 
 
 def _whole(n: float) -> str:
@@ -320,6 +327,6 @@ def _whole(n: float) -> str:
 def _plain(value: float) -> str:
     return (
         f"{value:.6g}"
-        if value == 0 or 1e-3 <= abs(value) < 1e5
+        if value == 0 or 1e-4 <= abs(value) < 1e5
         else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     )

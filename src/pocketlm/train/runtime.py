@@ -9,6 +9,7 @@ are 4-8 times faster than fp32, so the answer is never close.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from pocketlm.config import TrainingConfig
 from pocketlm.errors import ConfigError
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,12 +82,29 @@ def decide(config: TrainingConfig) -> Runtime:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = _device(config.device)
+    if device.type == "cpu":
+        _keep_freed_memory()
     precision = _best_precision(device) if config.precision == "auto" else config.precision
     if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise ConfigError(
             f"training.precision is bf16, which {torch.cuda.get_device_name(device)} only emulates: use fp16 or auto"
         )
     return Runtime(device, precision)
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc to reuse large freed blocks instead of returning them to the system.
+
+    Activations are freed and allocated again in every step; each time the system hands out zeroed pages anew,
+    which is a tenth of the time of a step of a 124M model. A hint: elsewhere it does nothing.
+    """
+    if sys.platform.startswith("linux"):
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except (OSError, AttributeError):
+            return
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _device(name: str) -> torch.device:

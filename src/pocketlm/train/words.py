@@ -18,17 +18,11 @@ from pocketlm.train.events import End, Sample, Validation
 
 
 def count(n: float) -> str:
-    """950, 12.3k, 4.5M, 1.23G: three significant digits."""
-    if not math.isfinite(n):
-        return "-"
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    """950, 12.3k, 4.56M, 1.2G: three significant digits."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(n) >= 0.9995 * size:
-            return f"{n / size:.{_decimals(n / size)}f}{unit}"
+            return f"{n / size:.3g}{unit}"
     return f"{n:.0f}"
-
-
-def _decimals(x: float) -> int:
-    return max(0, 2 - int(math.log10(max(abs(x) * 1.0005, 1.0))))
 
 
 def duration(seconds: float) -> str:
@@ -122,7 +116,7 @@ def closing_lines(record: End, total: int, width: int) -> list[str]:
         facts["report"] = str(Path(folder) / "report.html")
     lines += table(facts, width)
     if folder:
-        lines += ["", *(f"  {command}" for command in next_commands(folder, record.finished))]
+        lines += ["", "next:", *(f"  {command}" for command in next_commands(folder, record.finished))]
     return lines
 
 

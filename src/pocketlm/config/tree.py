@@ -1,29 +1,20 @@
-"""The typed tree of settings, its presets, and how YAML and the command line fill it.
+"""The typed tree: every setting, its type, its default and its meaning.
 
-What belongs here: what a run is told (not what it does). Imports only ``errors``.
+What belongs here: what a run is told. Imports ``errors``, ``config.mistakes``.
 
-Design: pydantic validates, because it reports every mistake at once with its place in the
-tree, from which we build sentences with the nearest right name. Settings are layered as plain
-dictionaries - preset, then the user's YAML, then the command line - and validated once, so a
-value has one meaning wherever it was written. The result is frozen; what a run derives
-(device, vocabulary size) is written back by ``Config.replace`` and saved with the run.
+Design: frozen pydantic models. A default is stated once, here, and is the recipe; what follows from other settings
+is a property; what a run finds out (device, vocabulary size) is written back by ``replace`` and saved with the run.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from pocketlm.config.mistakes import sentences
 from pocketlm.errors import ConfigError
-
-IGNORE = -100
-"""A target that is not scored: the one number on which data, loss and evaluation must agree."""
 
 _SettingsT = TypeVar("_SettingsT", bound="Settings")
 
@@ -51,7 +42,7 @@ class Settings(BaseModel):
         try:
             return type(self).model_validate({**self.model_dump(), **changes})
         except ValidationError as e:
-            raise ConfigError("; ".join(_sentences(e))) from None
+            raise ConfigError("; ".join(sentences(e, type(self).model_fields))) from None
 
 
 class ModelConfig(Settings):
@@ -79,7 +70,7 @@ class ModelConfig(Settings):
     """Up, GELU (tanh form), down; or gate, up, SiLU, down."""
     bias: bool = True
     """Bias in linear layers and LayerNorm."""
-    dropout: Share = 0.0
+    dropout: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     """Dropout on embeddings, attention weights and residual branches."""
     tie_embeddings: bool = True
     """Output layer shares the embedding's weights."""
@@ -308,152 +299,3 @@ class Config(Settings):
     def to_yaml(self) -> str:
         """The whole tree as YAML; ``load_config`` of it gives an equal tree."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-# ---------------------------------------------------------------- presets, files, layers
-
-
-def preset_names() -> list[str]:
-    """Names of the presets that ship with the package, sorted."""
-    return sorted(p.name.removesuffix(".yaml") for p in _preset_folder().iterdir() if p.name.endswith(".yaml"))
-
-
-def preset_layer(name: str) -> dict[str, Any]:
-    """A preset's settings as a plain dictionary. Raises ConfigError with the nearest name."""
-    if name not in preset_names():
-        raise ConfigError(
-            f"there is no preset '{name}'{nearest(name, preset_names())}; presets: {', '.join(preset_names())}"
-        )
-    return _parse_yaml((_preset_folder() / f"{name}.yaml").read_text(encoding="utf-8"), f"preset {name}")
-
-
-def file_layer(path: Path) -> dict[str, Any]:
-    """A YAML file's settings as a plain dictionary. Raises ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"there is no configuration file '{path}'") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"the configuration file '{path}' cannot be read: {e}") from None
-    return _parse_yaml(text, f"'{path}'")
-
-
-def load_config(*layers: Mapping[str, Any]) -> Config:
-    """Validate layered settings, later ones winning. Raises ConfigError naming every mistake."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        _merge(merged, layer)
-        given = layer.get("training")
-        if isinstance(given, Mapping) and "epochs" in given and "steps" not in given:
-            merged["training"]["steps"] = None  # whoever asks for epochs does not mean the steps of a layer below
-    try:
-        return Config.model_validate(merged)
-    except ValidationError as e:
-        raise ConfigError("; ".join(_sentences(e))) from None
-
-
-def load_preset(name: str) -> Config:
-    """A preset as a validated tree."""
-    return load_config(preset_layer(name))
-
-
-def fields() -> Iterator[tuple[str, str, Any, str]]:
-    """Every setting as (dotted name, type in words, default, meaning), in order."""
-    for group, info in Config.model_fields.items():
-        settings = info.annotation
-        assert isinstance(settings, type) and issubclass(settings, Settings)
-        for name, field in settings.model_fields.items():
-            yield f"{group}.{name}", _type_words(field.annotation), field.default, field.description or ""
-
-
-def override_layer(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Command-line pairs such as ("model.n_layer", "4") as a layer. Raises ConfigError for unknown names."""
-    known = {name: kind for name, kind, _, _ in fields()}
-    layer: dict[str, Any] = {}
-    for name, text in pairs:
-        if name not in known:
-            raise ConfigError(f"unknown setting --{name}{nearest(name, list(known), prefix='--')}")
-        group, field = name.split(".", 1)
-        layer.setdefault(group, {})[field] = _from_text(text, known[name])
-    return layer
-
-
-def _preset_folder() -> Any:
-    return resources.files("pocketlm") / "presets"
-
-
-def _parse_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        problem = " ".join(str(e).split())
-        raise ConfigError(f"{where} is not valid YAML: {problem}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise ConfigError(f"{where} must be a mapping of settings such as 'model: {{n_layer: 4}}', not {data!r:.80}")
-    return data
-
-
-def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
-    for key, value in layer.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _from_text(text: str, kind: str) -> Any:
-    """A command-line word as the value YAML would hold; pydantic turns digits into numbers."""
-    if "empty" in kind and text.lower() in ("", "none", "null"):
-        return None
-    if kind.startswith("list"):
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        return value if isinstance(value, list) else [text]
-    return text
-
-
-def _type_words(annotation: Any) -> str:
-    """'int', 'float or empty', 'adamw | muon' ... for help and for parsing the command line."""
-    args = get_args(annotation)
-    if getattr(annotation, "__metadata__", None):
-        return _type_words(args[0])
-    if type(None) in args:
-        return _type_words(next(a for a in args if a is not type(None))) + " or empty"
-    if args and all(isinstance(a, str) for a in args):
-        return " | ".join(args)
-    if getattr(annotation, "__origin__", None) is tuple:
-        return "list of text"
-    name: str = annotation.__name__
-    return {"str": "text", "bool": "true | false"}.get(name, name)
-
-
-def _sentences(error: ValidationError) -> Iterator[str]:
-    """Each problem as 'model.n_layer: wants a whole number, not 'x''."""
-    for problem in error.errors():
-        loc = [str(part) for part in problem["loc"] if isinstance(part, int) or not part.startswith("function-")]
-        name = ".".join(loc)
-        seen = problem.get("input")
-        if problem["type"] == "extra_forbidden":
-            yield f"unknown setting {name}{nearest(name, [n for n, *_ in fields()] + list(Config.model_fields))}"
-        elif problem["type"] == "value_error":
-            text = str(problem["ctx"]["error"])
-            yield f"{name}: {text}" if name else text
-        elif problem["type"] in ("model_type", "model_attributes_type"):
-            yield f"{name}: holds a group of settings such as '{name}: {{...}}', not {seen!r:.80}"
-        else:
-            message = problem["msg"].replace("Input should be", "should be")
-            yield f"{name}: {message}, not {seen!r:.80}"
-
-
-def nearest(name: str, candidates: Sequence[str], prefix: str = "") -> str:
-    """', did you mean ...?' for the nearest known name, by whole name first and by last part second."""
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)
-    if not close:
-        last = name.rsplit(".", 1)[-1]
-        by_last = {c.rsplit(".", 1)[-1]: c for c in candidates}
-        close = [by_last[m] for m in difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)]
-    return f", did you mean {prefix}{close[0]}?" if close else ""
