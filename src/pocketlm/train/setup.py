@@ -92,6 +92,11 @@ def open_session(config: Config, run: Run, *, command: str, began: float, quiet:
     if found := checkpoint.find(run.checkpoints):
         _check_data(run, cache)
         found[0].restore(state)
+        if state.progress.step >= total:
+            raise RunError(
+                f"the run '{run.folder}' is finished, at step {state.progress.step:,} of {total:,}: "
+                "give a larger --training.steps to train on"
+            )
 
     _write_folder(run, config, tokenizer, cache)
     if config.training.compile:
