@@ -72,8 +72,8 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
         "",
         f"`{command}`, commit {rows[0]['commit']}, {rows[0]['device']}, torch {rows[0]['versions']['torch']}.",
         "",
-        "Each was interrupted half-way with SIGINT and resumed. Losses are nats a token, validation is the whole held-out",
-        "split; tokens/s is the median step's, without evaluation and saving; memory is the process's peak.",
+        "Each was interrupted half-way with SIGINT and resumed. Losses are nats a token, validation is the whole",
+        "held-out split; tokens/s is the median step's, without evaluation and saving; memory is the process's peak.",
         "",
         "| system | parameters | ln V | first loss | last loss | validation | tokens/s | memory |",
         "|---|---|---|---|---|---|---|---|",
@@ -81,7 +81,8 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
     for row in rows:
         losses = [f"{row[key]:.2f}" for key in ("ln_vocabulary", "first_loss", "last_loss", "validation_loss")]
         speed, memory = f"{row['tokens_per_second']:,.0f}", f"{row['peak_memory_bytes'] / 2**30:.1f} GiB"
-        lines.append(f"| {' | '.join([row['system'], f'{row["parameters"]:,}', *losses, speed, memory])} |")
+        cells = [row["system"], f"{row['parameters']:,}", *losses, speed, memory]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Changed from the presets:", ""]
     lines += [f"- {row['system']}: `{row['changed']}`" for row in rows]
     lines += ["", "Every step's loss:", ""]
