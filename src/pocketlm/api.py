@@ -10,7 +10,6 @@ border, and the inner rooms may trust what they are given.
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -121,8 +120,8 @@ def evaluate_run(
     """
     config = run.config()
     model, tokenizer = load_run(run, which, device)
-    corpus = open_corpus(data or config.data, mirror=_path((data or config.data).mirror))
-    cache = prepare(corpus, tokenizer, Path(config.data.cache_dir or Path.home() / ".cache" / "pocketlm"))
+    corpus = open_corpus(data or config.data, mirror=(data or config.data).mirror_folder)
+    cache = prepare(corpus, tokenizer, config.data.cache_folder)
     split = split or ("validation" if data is None else "test" if "test" in cache.splits else "all")
     names = list(cache.splits) if split == "all" else [split]
     if not set(names) <= set(cache.splits):
@@ -155,7 +154,3 @@ def parameter_count(config: ModelConfig) -> int:
     """True number of parameters of a shape, counted on a model that takes no memory."""
     with torch.device("meta"):
         return Transformer(config).num_parameters()
-
-
-def _path(text: str | None) -> Path | None:
-    return Path(text) if text else None

@@ -154,11 +154,11 @@ def _localised(config: Config) -> Config:
     from pocketlm.config import DataConfig
 
     data = config.data
-    cache = data.cache_dir or os.environ.get("POCKETLM_CACHE") or str(Path.home() / ".cache" / "pocketlm")
+    cache = data.cache_dir or os.environ.get("POCKETLM_CACHE")
     mirror = data.mirror or os.environ.get("POCKETLM_MIRROR")
     changes = {
         "path": str(Path(data.path).resolve()) if Path(data.path).exists() else data.path,
-        "cache_dir": str(Path(cache).expanduser().resolve()),
+        "cache_dir": str(Path(cache).expanduser().resolve()) if cache else None,
         "mirror": str(Path(mirror).expanduser().resolve()) if mirror else None,
     }
     return config.model_copy(update={"data": DataConfig(**{**data.model_dump(), **changes})})
@@ -323,7 +323,7 @@ def _tokenizer(args: list[str], began: float) -> int:
     from pocketlm.config import load_preset
 
     demo = _localised(load_preset("demo"))
-    mirror = Path(demo.data.mirror) if demo.data.mirror else None
+    mirror = demo.data.mirror_folder
 
     from pocketlm.tokenizers import load_tokenizer
 

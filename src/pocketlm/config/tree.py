@@ -8,6 +8,7 @@ is a property; what a run finds out (device, vocabulary size) is written back by
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -157,6 +158,16 @@ class DataConfig(Settings):
     """Where tokenised text is kept; empty: $POCKETLM_CACHE or ~/.cache/pocketlm."""
     mirror: str | None = None
     """Folder that stands in for the Hub (shakespeare/, wikitext-2/, gpt2-tokenizer/ ...); empty: $POCKETLM_MIRROR."""
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenised text is kept."""
+        return Path(self.cache_dir) if self.cache_dir else Path.home() / ".cache" / "pocketlm"
+
+    @property
+    def mirror_folder(self) -> Path | None:
+        """The folder that stands in for the Hub, if there is one."""
+        return Path(self.mirror) if self.mirror else None
 
 
 class OptimizerConfig(Settings):

@@ -113,11 +113,10 @@ def open_session(config: Config, run: Run, *, command: str, began: float, quiet:
 
 def open_text(config: Config) -> tuple[Corpus, Tokenizer, TokenCache]:
     """The corpus, its tokenizer (trained if it has to be) and its tokens. Raises PocketError."""
-    mirror = Path(config.data.mirror) if config.data.mirror else None
-    cache_dir = Path(config.data.cache_dir or Path.home() / ".cache" / "pocketlm")
-    corpus = open_corpus(config.data, mirror=mirror)
-    tokenizer = _tokenizer(config, corpus, cache_dir, mirror)
-    return corpus, tokenizer, prepare(corpus, tokenizer, cache_dir)
+    data = config.data
+    corpus = open_corpus(data, mirror=data.mirror_folder)
+    tokenizer = _tokenizer(config, corpus, data.cache_folder, data.mirror_folder)
+    return corpus, tokenizer, prepare(corpus, tokenizer, data.cache_folder)
 
 
 def versions() -> dict[str, str]:
