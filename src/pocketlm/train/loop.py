@@ -190,6 +190,7 @@ def summarize(session: Session, clock: Clock, evaluation: Evaluation | None) -> 
         "precision": session.runtime.precision,
         "versions": versions(),
         "command": session.command,
+        "prompt": next(filter(None, session.config.sampling.prompts), None),
     }
 
 

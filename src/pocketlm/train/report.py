@@ -130,7 +130,7 @@ def _page(run: Recorded) -> dict[str, str]:
         "curves": _loss_curves(run),
         "small": "".join(_small_curves(run)),
         "samples": _samples(run),
-        "commands": _safe("\n".join(next_commands(folder, finished))),
+        "commands": _safe("\n".join(next_commands({**run.summary, "folder": folder}))),
         "spent": _spent(run),
         "machine": "".join(f"<tr><th>{_safe(k)}</th><td>{_safe(v)}</td></tr>" for k, v in _machine(run).items()),
         "config": _safe(run.config),

@@ -12,6 +12,7 @@ import hashlib
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,7 +158,8 @@ def _tokenizer(config: Config, corpus: Corpus, cache_dir: Path, mirror: Path | N
     if (folder / "tokenizer_config.json").is_file():
         return Tokenizer.from_folder(folder, name="bpe")
     tokenizer = load_tokenizer(config.tokenizer, mirror=mirror, texts=lambda: corpus.documents("train"))
-    tokenizer.save(folder)
+    with suppress(OSError):  # the run's folder gets it anyway
+        tokenizer.save(folder)
     return tokenizer
 
 

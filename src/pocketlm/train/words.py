@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 import shlex
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pocketlm.train.events import End, Sample, Validation
 
@@ -116,15 +118,16 @@ def closing_lines(record: End, total: int, width: int) -> list[str]:
         facts["report"] = str(Path(folder) / "report.html")
     lines += table(facts, width)
     if folder:
-        lines += ["", "next:", *(f"  {command}" for command in next_commands(folder, record.finished))]
+        lines += ["", "next:", *(f"  {command}" for command in next_commands(summary))]
     return lines
 
 
-def next_commands(folder: str, finished: bool) -> list[str]:
-    """What a person may want to do with the run in ``folder``."""
-    run = shlex.quote(folder)
-    go_on = [] if finished else [f"pocketlm train --resume {run}"]
-    return [*go_on, f'pocketlm generate {run} "Once upon a time"', f"pocketlm eval {run}"]
+def next_commands(summary: Mapping[str, Any]) -> list[str]:
+    """What a person may want to do with the run of this summary, its own first prompt as the example."""
+    run = shlex.quote(str(summary.get("folder", "latest")))
+    go_on = [] if summary.get("finished") else [f"pocketlm train --resume {run}"]
+    prompt = str(summary.get("prompt") or "Once upon a time").replace('"', "'")
+    return [*go_on, f'pocketlm generate {run} "{prompt}"', f"pocketlm eval {run}"]
 
 
 def table(rows: dict[str, str], width: int) -> list[str]:
