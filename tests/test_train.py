@@ -248,6 +248,23 @@ def test_one_flipped_bit_is_noticed(tmp_path, book, name):
         saved.restore(session.state)
 
 
+def test_resume_passes_over_a_damaged_checkpoint_and_never_starts_again(tmp_path, book, capsys):
+    whole, _ = run_small(tmp_path / "whole", book)
+    part = Run(tmp_path / "part")
+    run_small(part.folder, book, **{"training.keep_last": "9"})
+    newest = checkpoint.find(part.checkpoints)[0]
+    (newest.folder / checkpoint.TRAINING).write_bytes(b"not what it was")
+    run_small(part.folder, book)
+    assert newest.folder.name in capsys.readouterr().err
+    assert weights_hash(part) == weights_hash(whole.run)
+    for saved in checkpoint.find(part.checkpoints):
+        (saved.folder / checkpoint.WEIGHTS).write_bytes(b"")
+    before = {c.step for c in checkpoint.find(part.checkpoints)}
+    with pytest.raises(RunError, match="none of the run's"):
+        run_small(part.folder, book)
+    assert {c.step for c in checkpoint.find(part.checkpoints)} == before
+
+
 def test_changed_text_is_noticed_on_resume(tmp_path, book):
     run_small(tmp_path / "run", book)
     book.write_text(book.read_text() + "One more line.\n")

@@ -27,6 +27,7 @@ from pocketlm.errors import RunError
 from pocketlm.model.transformer import Transformer
 from pocketlm.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from pocketlm.train import checkpoint, runtime
+from pocketlm.train.checkpoint import Checkpoint
 from pocketlm.train.events import Observer
 from pocketlm.train.observers import MetricsFile, ProgressBar, TensorBoard, TextLog
 from pocketlm.train.optim import Optimizers
@@ -92,7 +93,7 @@ def open_session(config: Config, run: Run, *, command: str, began: float, quiet:
     state = _new_state(config, machine)
     if found := checkpoint.find(run.checkpoints):
         _check_data(run, cache)
-        found[0].restore(state)
+        _restore_newest(found, state)
         if state.progress.step >= total:
             raise RunError(
                 f"the run '{run.folder}' is finished, at step {state.progress.step:,} of {total:,}: "
@@ -128,6 +129,17 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "system": sys.platform,
     }
+
+
+def _restore_newest(found: Sequence[Checkpoint], state: TrainState) -> None:
+    """Go on from the newest checkpoint that is whole. Raises RunError where none is: a run never starts over them."""
+    for candidate in found:
+        try:
+            candidate.restore(state)
+            return
+        except RunError as e:
+            print(f"{e}; trying the one before it", file=sys.stderr)
+    raise RunError(f"none of the run's {len(found)} checkpoints can be read: see above; nothing was changed")
 
 
 def compile_blocks(model: Transformer) -> None:
