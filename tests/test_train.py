@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pocketlm.cli import main
 from pocketlm.config import ModelConfig, OptimizerConfig, ScheduleConfig, load_config, override_layer, preset_layer
 from pocketlm.data.loader import Batch
 from pocketlm.errors import RunError
@@ -204,6 +205,26 @@ def test_the_saved_configuration_repeats_the_run(tmp_path, book):
     again = open_session(first.run.config(), Run(tmp_path / "again"), command="", began=0.0, quiet=True)
     train(again)
     assert weights_hash(again.run) == weights_hash(first.run)
+
+
+def test_the_same_command_goes_on_with_its_run_and_another_is_refused(tmp_path, book, monkeypatch, capsys):
+    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
+    flags = [x for name, value in SMALL.items() for x in (f"--{name}", value)]
+    command = ["train", str(book), "--out", str(tmp_path / "run"), *flags]
+    assert main(command) == 0
+    run = Run(tmp_path / "run")
+    finished = weights_hash(run)
+    newest = run.checkpoint("last").folder
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    assert main(command) == 0
+    assert weights_hash(run) == finished
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "is finished, at step 6 of 6" in capsys.readouterr().err
+    assert main([*command, "--optimizer.lr", "0.5"]) == 2
+    assert "other settings (optimizer.lr)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

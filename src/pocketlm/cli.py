@@ -165,7 +165,7 @@ def _localised(config: Config) -> Config:
 
 
 def _run_at(folder: Path, config: Config) -> Run:
-    """The run at ``--out``: a new one, or the same one to go on with."""
+    """The run at ``--out``: a new one, or one of the same settings to go on with."""
     from pocketlm.train.runs import Run
 
     run = Run(folder)
@@ -173,7 +173,19 @@ def _run_at(folder: Path, config: Config) -> Run:
         return run
     if not run.config_path.is_file():
         raise RunError(f"--out '{folder}' is not empty and not a run: name another folder")
-    raise RunError(f"--out '{folder}' already holds a run: go on with it by 'pocketlm train --resume {folder}'")
+    wanted, saved = config.model_dump(), run.config().model_dump()
+    other = [
+        f"{group}.{name}"
+        for group, settings in wanted.items()
+        for name, value in settings.items()
+        if value not in (None, "auto", saved[group][name])
+    ]
+    if other:
+        raise RunError(
+            f"--out '{folder}' already holds a run with other settings ({', '.join(other)}): name another folder, "
+            f"or go on with that run by 'pocketlm train --resume {folder}'"
+        )
+    return run
 
 
 def _changed(run: Run, layer: dict[str, Any]) -> Config:
