@@ -41,8 +41,9 @@ _SPLIT_FILE = re.compile(
     rf"(?:wiki\.)?({'|'.join(hub.SPLIT_WORDS)})[._-](?:.*[._-])?(?:txt|tokens|raw|jsonl|ndjson|parquet)"
 )
 _WIKITEXT = re.compile(r"wiki\.(train|valid|test)\.(tokens|raw)")
-_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled", "encodings"}
-"""Tests, other people's packages, and encodings, whose 1.6 MB are tables of characters."""
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled"}
+_NOT_LIBRARY |= {"encodings", "pydoc_data"}
+"""Tests, other people's packages, and what a program wrote: tables of characters, help texts as quoted lines."""
 
 
 @dataclass(frozen=True)
