@@ -69,11 +69,13 @@ def main() -> None:
         print(f"{name:<28} {wall:>16.1f} {loss:>16.4f}   {each}")
     import torch
 
+    command = ["python benchmarks/shakespeare.py --shakespeare input.txt", "--nanogpt DIR"][: 1 + bool(options.nanogpt)]
+    command += [f"--repeats {options.repeats}", *extra]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     line = json.dumps(
         {
             "benchmark": "shakespeare",
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join(command),
             "commit": commit,
             "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
             "torch": torch.__version__,

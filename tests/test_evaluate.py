@@ -152,3 +152,5 @@ def test_presets_prints_the_true_counts(capsys):
     assert counts["gpt-125m-wikitext2"] == "124,046,592"
     assert counts["smolm-135"] == "148,965,696"
     assert counts["smollm2-80m-shakespeare"] == "80,375,808"
+    assert counts["shakespeare-char"] == "1,783,872"
+    assert counts["demo"] == "2,557,632"
