@@ -114,7 +114,7 @@ def test_every_preset_is_valid_and_survives_its_own_yaml(name, tmp_path):
 
 def test_the_readme_names_only_commands_and_files_that_exist():
     text = (REPOSITORY / "README.md").read_text()
-    assert set(re.findall(r"pocketlm (\w+)", "\n".join(re.findall(r"```.*?```", text, flags=re.S)))) <= set(COMMANDS)
+    assert set(re.findall(r"pocketlm (\w+)", "\n".join(re.findall(r"```\n.*?```", text, flags=re.S)))) <= set(COMMANDS)
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (REPOSITORY / link).exists(), link
     for target in re.findall(r"make ([\w-]+)", text):

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from pocketlm.config import Config, Settings
 from pocketlm.data.corpora import Corpus, open_corpus
 from pocketlm.data.loader import Loader
 from pocketlm.data.shards import TokenCache, prepare
-from pocketlm.errors import RunError
+from pocketlm.errors import MissingExtraError, RunError
 from pocketlm.model.transformer import Transformer
 from pocketlm.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from pocketlm.train import checkpoint, runtime
@@ -74,8 +75,11 @@ class Session:
 
 def open_session(config: Config, run: Run, *, command: str, began: float, quiet: bool = False) -> Session:
     """Make or reopen the parts of ``run``. Raises PocketError; writes into the run's folder last."""
+    if config.training.tensorboard and find_spec("tensorboard") is None:
+        raise MissingExtraError("tensorboard", "tensorboard", "training.tensorboard")
     machine = runtime.decide(config.training)
-    corpus, tokenizer, cache = open_text(config)
+    found = checkpoint.find(run.checkpoints)
+    corpus, tokenizer, cache = open_text(config, run.tokenizer() if found else None)
     vocab = config.model.vocab_size or tokenizer.vocab_size
     config = _with(config, "model", vocab_size=vocab)
     check_vocabulary(tokenizer, config.model)
@@ -91,7 +95,7 @@ def open_session(config: Config, run: Run, *, command: str, began: float, quiet:
     total = config.training.steps or steps_for_epochs(loader, config.training.epochs or 1.0, config.training.grad_accum)
     config = _with(config, "training", steps=total, device=machine.device.type, precision=machine.precision)
     state = _new_state(config, machine)
-    if found := checkpoint.find(run.checkpoints):
+    if found:
         _check_data(run, cache)
         _restore_newest(found, state)
         if state.progress.step >= total:
@@ -113,11 +117,11 @@ def open_session(config: Config, run: Run, *, command: str, began: float, quiet:
     return Session(run, config, machine, corpus, tokenizer, cache, loader, state, total, observers, command, began)
 
 
-def open_text(config: Config) -> tuple[Corpus, Tokenizer, TokenCache]:
-    """The corpus, its tokenizer (trained if it has to be) and its tokens. Raises PocketError."""
+def open_text(config: Config, tokenizer: Tokenizer | None) -> tuple[Corpus, Tokenizer, TokenCache]:
+    """The corpus, its tokenizer (a resumed run's own, or made now) and its tokens. Raises PocketError."""
     data = config.data
     corpus = open_corpus(data, mirror=data.mirror_folder)
-    tokenizer = _tokenizer(config, corpus, data.cache_folder, data.mirror_folder)
+    tokenizer = tokenizer or _tokenizer(config, corpus, data.cache_folder, data.mirror_folder)
     return corpus, tokenizer, prepare(corpus, tokenizer, data.cache_folder)
 
 
