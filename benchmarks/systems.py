@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 SYSTEMS: dict[str, list[str]] = {
-    "smollm2-80m-shakespeare": [],
+    "smollm2-80m-shakespeare": ["--phases", "1"],
     "gpt-125m-wikitext2": [],
     "smolm-135": ["--data.path", "shakespeare"],
     "smollm2-135m": ["--training.batch_size", "2", "--training.grad_accum", "1"],

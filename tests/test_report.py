@@ -63,7 +63,7 @@ def record(
     metrics = MetricsFile(folder / "logs" / "metrics.jsonl", log_every=5)
     metrics.on_start(Start(f"demo{nasty}", str(folder), 0, 200, 3_200_000, {"data": f"a book{nasty}"}))
     for n in range(1, steps + 1):
-        metrics.on_step(Step(n, 100 * n, n / 50, loss(n), 1e-3, 0.7, 1000.0, 10**9, n / 10))
+        metrics.on_step(Step(n, 100 * n, n / 50, loss(n), 1e-3, 0.1, 0.7, 1000.0, 10**9, n / 10))
         if n % every == 0:
             v = loss(n) + 0.1
             best = all(v < loss(m) + 0.1 for m in range(every, n, every))

@@ -14,11 +14,14 @@ from pocketlm.config.layers import (
 )
 from pocketlm.config.mistakes import nearest
 from pocketlm.config.tree import (
+    PHASE_SETTINGS,
     Config,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
+    PhaseConfig,
+    SafetyConfig,
     SamplingConfig,
     ScheduleConfig,
     Settings,
@@ -31,11 +34,14 @@ IGNORE = -100
 
 __all__ = [
     "IGNORE",
+    "PHASE_SETTINGS",
     "Config",
     "DataConfig",
     "EvaluationConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PhaseConfig",
+    "SafetyConfig",
     "SamplingConfig",
     "ScheduleConfig",
     "Settings",

@@ -117,12 +117,12 @@ def _from_text(text: str, kind: str) -> Any:
 
 
 def fields() -> Iterator[tuple[str, str, Any, str]]:
-    """Every setting as (dotted name, type in words, default, meaning), in order."""
+    """Every setting as (dotted name, type in words, default, meaning), in order; phases are no single setting."""
     for group, info in Config.model_fields.items():
         settings = info.annotation
-        assert isinstance(settings, type) and issubclass(settings, Settings)
-        for name, field in settings.model_fields.items():
-            yield f"{group}.{name}", _type_words(field.annotation), field.default, field.description or ""
+        if isinstance(settings, type) and issubclass(settings, Settings):
+            for name, field in settings.model_fields.items():
+                yield f"{group}.{name}", _type_words(field.annotation), field.default, field.description or ""
 
 
 def _type_words(annotation: Any) -> str:

@@ -29,6 +29,7 @@ def sentences(error: ValidationError, names: Collection[str]) -> Iterator[str]:
             yield f"{name}: holds a group of settings such as '{name}: {{...}}', not {seen!r:.80}"
         else:
             message = problem["msg"].replace("Input should be", "should be")
+            message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a group of settings")
             yield f"{name}: {message}, not {seen!r:.80}"
 
 

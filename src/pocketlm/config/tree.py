@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from pocketlm.config.mistakes import sentences
+from pocketlm.config.mistakes import nearest, sentences
 from pocketlm.errors import ConfigError
 
 _SettingsT = TypeVar("_SettingsT", bound="Settings")
@@ -230,9 +230,17 @@ class TrainingConfig(Settings):
     log_every: Count = 10
     """Steps between lines in metrics.jsonl."""
     save_every: Count = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints; one is also saved before every validation and when the run stops."""
+    save_in_background: bool = True
+    """Copy the state (as much memory again) and write the copy while training goes on."""
     keep_last: Count = 2
-    """Checkpoints kept besides the best."""
+    """Newest checkpoints kept besides the best."""
+    keep_every: Count | None = None
+    """Also keep every checkpoint whose step is a multiple of this; empty: none."""
+    ema: Annotated[Real, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights, which is then what is validated and used; empty: none."""
+    init_from: str | None = None
+    """A run whose best weights this one starts from; set by --init-from."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
 
@@ -267,6 +275,50 @@ class EvaluationConfig(Settings):
     """Windows scored at once; empty: twice the training batch."""
 
 
+class SafetyConfig(Settings):
+    """What a run does when training goes wrong."""
+
+    max_skipped: Count = 10
+    """Steps in a row whose loss or gradient is not finite before the run stops; each is left out of the weights."""
+    spike_zscore: Annotated[Real, Field(gt=0)] = 6.0
+    """Standard deviations over the last 128 steps from which a loss or gradient norm is called a spike."""
+    skip_spikes: bool = False
+    """Leave the update of a spike out, too."""
+    early_stop: Count | None = None
+    """Stop after so many validations in a row without a new best; empty: never."""
+
+
+PHASE_SETTINGS: dict[str, frozenset[str]] = {
+    "data": frozenset(DataConfig.model_fields) - {"cache_dir", "mirror"},
+    "optimizer": frozenset(OptimizerConfig.model_fields) - {"name"},
+    "schedule": frozenset(ScheduleConfig.model_fields),
+    "training": frozenset({"steps", "epochs", "batch_size", "window", "grad_accum"}),
+}
+"""What a phase may have of its own."""
+
+
+class PhaseConfig(Settings):
+    """What a phase changes. What it leaves out is as in the groups of the configuration."""
+
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Text and batching."""
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    """All but the optimiser's name: its state goes on."""
+    schedule: dict[str, Any] = Field(default_factory=dict)
+    """Counted from the phase's first step."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Length and batch: steps or epochs, batch_size, window, grad_accum."""
+
+    @model_validator(mode="after")
+    def _are_settings_of_a_phase(self) -> PhaseConfig:
+        for group, allowed in PHASE_SETTINGS.items():
+            for name in getattr(self, group):
+                if name not in allowed:
+                    hint = nearest(name, allowed) or f"; it may set {', '.join(sorted(allowed))}"
+                    raise ValueError(f"a phase has no setting {group}.{name} of its own{hint}")
+        return self
+
+
 class Config(Settings):
     """Everything a run is told. Saved as config.yaml in its folder, and enough to repeat it."""
 
@@ -278,9 +330,23 @@ class Config(Settings):
     training: TrainingConfig = TrainingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    safety: SafetyConfig = SafetyConfig()
+    phases: tuple[PhaseConfig, ...] = ()
+    """Stretches of training one after the other, each a layer over the groups above; empty: one, as they stand."""
+
+    @model_validator(mode="after")
+    def _phases_are_valid(self) -> Config:
+        for i in range(len(self.phases)):
+            try:
+                self.phase(i)
+            except ValidationError as e:
+                raise ValueError("; ".join(f"phases.{i}.{text}" for text in sentences(e, ()))) from None
+        return self
 
     @model_validator(mode="after")
     def _length_is_stated(self) -> Config:
+        if self.phases:
+            return self
         if self.training.steps is None and self.training.epochs is None:
             raise ValueError("training.steps and training.epochs are both empty: give one of them")
         for name, length in (
@@ -296,6 +362,15 @@ class Config(Settings):
                 f"evaluation.stride {self.evaluation.stride} would skip text: at most the context, {self.context}"
             )
         return self
+
+    def phase(self, index: int) -> Config:
+        """The settings in force in a phase, itself without phases. Raises pydantic's ValidationError."""
+        values = self.model_dump(exclude={"phases"})
+        for group, layer in self.phases[index].model_dump().items():
+            if "epochs" in layer and "steps" not in layer:
+                values[group]["steps"] = None
+            values[group].update(layer)
+        return Config.model_validate(values)
 
     @property
     def window(self) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -44,6 +45,12 @@ class Batch:
         documents = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
         inputs, targets = (t.to(device, non_blocking=True) for t in (self.inputs, self.targets))
         return Batch(inputs, targets, documents, self.n_targets)
+
+    def cut(self, pieces: int) -> list[Batch]:
+        """The same rows in up to ``pieces`` smaller batches."""
+        documents = [None] * pieces if self.document_ids is None else self.document_ids.chunk(pieces)
+        parts = zip(self.inputs.chunk(pieces), self.targets.chunk(pieces), documents, strict=False)
+        return [Batch(i, t, d, int((t != IGNORE).sum())) for i, t, d in parts]
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,15 @@ class Loader:
                 last = i + 1 == plan.n_batches
                 yield self._gather(plan, i), Position(epoch + 1, 0) if last else Position(epoch, i + 1)
             epoch, index = epoch + 1, 0
+
+    def windows(
+        self, start: Position, micro_batches: int, *, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[list[Batch], int, Position]]:
+        """PLACEHOLDER until the branch that owns it is merged."""
+        batches = self.batches(start)
+        while True:
+            window = list(islice(batches, micro_batches))
+            yield [b for b, _ in window], sum(b.n_targets for b, _ in window), window[-1][1]
 
     def batches_in_epoch(self, epoch: int) -> int:
         """Micro-batches of that epoch; in mode stream their number may differ by one between epochs."""

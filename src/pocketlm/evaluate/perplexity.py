@@ -11,7 +11,7 @@ the text's bytes and words and may be divided by their number: the same model re
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -90,10 +90,12 @@ def evaluate(
     batch_size: int,
     within_documents: bool,
     device: torch.device,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Score every text token of ``split``. Leaves the model in the mode it was in.
 
-    ``batch_size`` bounds the tokens held at once to ``batch_size * context``.
+    ``batch_size`` bounds the tokens held at once to ``batch_size * context``. ``check`` is called before every batch
+    and may raise to end it.
     """
     spans = [(0, split.n_stored)]
     if within_documents:
@@ -107,6 +109,7 @@ def evaluate(
     try:
         with torch.inference_mode():
             for batch in _batches(windows, batch_size * context):
+                check()
                 inputs, targets = _rows(split, batch)
                 scored += int((targets != IGNORE).sum())
                 nats += float(model.loss(inputs.to(device), targets.to(device)))

@@ -1,6 +1,7 @@
 """Checkpoints: a ``TrainState`` on disk, complete or not there at all.
 
-What belongs here: writing, verifying, finding and rotating checkpoint folders. Imports ``errors``, ``train.state``.
+What belongs here: writing, verifying and finding checkpoint folders. When to write, in which thread and what to
+keep is ``train.saver``'s. Imports ``errors``, ``files``, ``train.state``.
 
 Design: a checkpoint is written into a folder with a temporary name, flushed to the disk, described by a
 manifest with the size and sha256 of every file, flushed again and renamed. A reader verifies every byte: torch
@@ -8,15 +9,18 @@ and safetensors load a flipped bit without a word. Nothing is ever unpickled.
 
 ::
 
+    checkpoints/best.json           step and loss of the best by validation
     checkpoints/step-00000500/
-        model.safetensors       weights, fp32
-        training.safetensors    optimiser state, random generators
-        state.json              step, tokens, position in the data, best so far, loss scaler
-        manifest.json           format version, size and sha256 of the others; written last
+        model.safetensors           weights, fp32
+        average.safetensors         their moving average, where training.ema is on
+        training.safetensors        optimiser state, random generators
+        state.json                  step, tokens, position in the data, best so far, loss scaler, open metrics
+        manifest.json               format version, run, step, size and sha256 of the others; written last
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -31,10 +35,40 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from pocketlm.errors import RunError
+from pocketlm.files import flush_folder, follow_umask, read_within, write_atomically, write_durably
 from pocketlm.train.state import TrainState
 
-FORMAT = 1
-WEIGHTS, TRAINING, STATE, MANIFEST = "model.safetensors", "training.safetensors", "state.json", "manifest.json"
+FORMAT = 2
+WEIGHTS, AVERAGE, TRAINING, STATE = "model.safetensors", "average.safetensors", "training.safetensors", "state.json"
+MANIFEST, BEST = "manifest.json", "best.json"
+ROOM = 1.1
+"""Free space wanted before writing, as a multiple of what will be written."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at one step, in host memory."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """File name -> tensors on the CPU."""
+    values: dict[str, Any]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(t.numel() * t.element_size() for tensors in self.tensors.values() for t in tensors.values())
+
+
+def tensors_of(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """The live tensors of ``state`` by the file that holds them."""
+    files = {WEIGHTS: dict(state.model.state_dict()), TRAINING: state.training_tensors()}
+    if state.average is not None:
+        files[AVERAGE] = dict(state.average.tensors)
+    return files
+
+
+# ---------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
@@ -45,67 +79,66 @@ class Checkpoint:
     step: int
 
     def weights(self) -> dict[str, Tensor]:
-        """Verified weights by name. Raises RunError when damaged."""
-        return _tensors(self._verified(WEIGHTS), self.folder / WEIGHTS)
+        """Verified weights by name, averaged where the run keeps an average. Raises RunError when damaged."""
+        name = AVERAGE if AVERAGE in self.files() else WEIGHTS
+        return _tensors(self._verified(name), self.folder / name)
 
     def values(self) -> dict[str, Any]:
         """Verified ``state.json``. Raises RunError when damaged."""
         return _json(self._verified(STATE), self.folder / STATE)
 
-    def restore(self, state: TrainState) -> None:
-        """Put everything back into ``state``. Raises RunError when damaged or of another shape."""
-        training = _tensors(self._verified(TRAINING), self.folder / TRAINING)
+    def run_id(self) -> str:
+        """The run that wrote it. Raises RunError when damaged."""
+        return str(self._manifest().get("run"))
+
+    def files(self) -> dict[str, Any]:
+        """What the manifest says of each file. Raises RunError when damaged."""
+        files = self._manifest().get("files")
+        if not isinstance(files, dict):
+            raise RunError(f"the checkpoint file '{self.folder / MANIFEST}' is damaged: it lists no files")
+        return files
+
+    def restore(self, state: TrainState, *, run_id: str | None = None) -> None:
+        """Put everything back into ``state``. Raises RunError when damaged, of another shape, or of another run."""
+        manifest = self._manifest()
+        if manifest["format"] != FORMAT:
+            raise RunError(
+                f"the checkpoint '{self.folder}' has format {manifest['format']}, which lacks the state of the metrics "
+                "and was saved at another moment of the step: its weights can be used, and --init-from starts a new "
+                "run from them, but only the pocketlm that wrote it can go on with it"
+            )
+        if run_id is not None and manifest.get("run") != run_id:
+            raise RunError(f"the checkpoint '{self.folder}' belongs to another run")
+        names = [WEIGHTS, TRAINING, *([AVERAGE] if AVERAGE in self.files() else [])]
+        tensors = {name: _tensors(self._verified(name), self.folder / name) for name in names}
         try:
-            state.restore(self.weights(), training, self.values())
-        except (KeyError, TypeError, RuntimeError) as e:
+            state.restore(tensors[WEIGHTS], tensors[TRAINING], tensors.get(AVERAGE), self.values())
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
             problem = " ".join(str(e).split())
             raise RunError(
                 f"the checkpoint '{self.folder}' does not fit this run's model or optimiser: {problem}"
             ) from None
 
+    def _manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        manifest = _json(_read(path), path)
+        if manifest.get("format") not in (1, FORMAT):
+            raise RunError(
+                f"the checkpoint '{self.folder}' has format {manifest.get('format')!r}; this pocketlm reads formats 1 "
+                f"and {FORMAT}: update pocketlm"
+            )
+        if manifest.get("step") != self.step:
+            raise RunError(f"the checkpoint file '{path}' is damaged: it describes step {manifest.get('step')!r:.40}")
+        return manifest
+
     def _verified(self, name: str) -> bytes:
         """A file's bytes, after they matched the manifest."""
-        manifest = _json(_read(self.folder / MANIFEST), self.folder / MANIFEST)
-        if manifest.get("format") != FORMAT:
-            raise RunError(
-                f"the checkpoint '{self.folder}' has format {manifest.get('format')!r}; "
-                f"this pocketlm reads format {FORMAT}"
-            )
-        entry = manifest.get("files", {}).get(name)
-        data = _read(self.folder / name)
-        if not isinstance(entry, dict) or entry != _digest(data):
+        entry, data = self.files().get(name), _read(self.folder / name)
+        if entry != {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}:
             raise RunError(
                 f"the checkpoint file '{self.folder / name}' is damaged: its bytes are not those of the manifest"
             )
         return data
-
-
-def save(state: TrainState, folder: Path, *, keep_last: int) -> Checkpoint:
-    """Write ``state`` under ``folder`` (a run's checkpoints) and drop what need not be kept.
-
-    Kept are the best by validation loss, and the newest ``keep_last``. Raises RunError when the disk refuses.
-    """
-    step = state.progress.step
-    final = folder / f"step-{step:08d}"
-    partial = folder / f"{final.name}.partial-{os.getpid()}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _save_tensors(state.model.state_dict(), partial / WEIGHTS)
-        _save_tensors(state.training_tensors(), partial / TRAINING)
-        write_durably(partial / STATE, _dump(state.values()))
-        files = {name: _digest((partial / name).read_bytes()) for name in (WEIGHTS, TRAINING, STATE)}
-        write_durably(partial / MANIFEST, _dump({"format": FORMAT, "step": step, "files": files}))
-        _flush_folder(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush_folder(folder)
-    except OSError as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"the checkpoint of step {step} could not be written to '{folder}': {e}") from None
-    _rotate(folder, keep_last, state.progress.best_step)
-    return Checkpoint(final, step)
 
 
 def find(folder: Path) -> list[Checkpoint]:
@@ -113,65 +146,100 @@ def find(folder: Path) -> list[Checkpoint]:
     found = []
     for path in folder.glob("step-*"):
         digits = path.name.removeprefix("step-")
-        if digits.isdigit() and (path / MANIFEST).is_file():
+        if digits.isascii() and digits.isdigit() and (path / MANIFEST).is_file():
             found.append(Checkpoint(path, int(digits)))
     return sorted(found, key=lambda c: c.step, reverse=True)
 
 
-def best(checkpoints: list[Checkpoint]) -> Checkpoint:
-    """The checkpoint with the lowest validation loss; the newest where none was validated."""
-
-    def loss(checkpoint: Checkpoint) -> float:
-        progress = checkpoint.values()["progress"]
-        validated = progress["validated_step"] == checkpoint.step
-        return float(progress["validation_loss"]) if validated else float("inf")
-
-    return min(checkpoints, key=lambda c: (loss(c), -c.step))
+def best(folder: Path) -> Checkpoint:
+    """The checkpoint with the lowest validation loss; the newest where none was validated. Raises RunError."""
+    found = find(folder)
+    if not found:
+        raise RunError(f"there is no checkpoint in '{folder}'")
+    with_loss = _json(_read(folder / BEST), folder / BEST) if (folder / BEST).exists() else {}
+    return next((c for c in found if c.step == with_loss.get("step")), found[0])
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and flush it to the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+# ---------------------------------------------------------------- writing
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step: a reader sees the old one or the new one."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    write_durably(partial, text.encode())
-    partial.replace(path)
+def write(snapshot: Snapshot, folder: Path, run_id: str) -> Checkpoint:
+    """Write ``snapshot`` under ``folder``, which exists. Raises OSError; then nothing of it is left behind."""
+    final = folder / f"step-{snapshot.step:08d}"
+    partial = folder / f"{final.name}.partial-{os.getpid()}"
+    _expect_room(folder, snapshot.n_bytes)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for name, tensors in snapshot.tensors.items():
+            _write_tensors(tensors, partial / name)
+        write_durably(partial / STATE, _dump(snapshot.values))
+        files = {name: _digest(partial / name) for name in (*snapshot.tensors, STATE)}
+        manifest = {"format": FORMAT, "run": run_id, "step": snapshot.step, "files": files}
+        write_durably(partial / MANIFEST, _dump(manifest))
+        flush_folder(partial)
+        if final.exists():
+            remove(final)
+        partial.rename(final)
+        flush_folder(folder)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise e if isinstance(e, OSError) else OSError(errno.EIO, str(e)) from None
+    return Checkpoint(final, snapshot.step)
 
 
-def _rotate(folder: Path, keep_last: int, best_step: int | None) -> None:
-    for checkpoint in find(folder)[keep_last:]:
-        if checkpoint.step != best_step:
-            shutil.rmtree(checkpoint.folder, ignore_errors=True)
+def note_best(folder: Path, step: int | None, loss: float | None) -> None:
+    """Record which checkpoint is the best by validation; None: none yet. Raises OSError."""
+    if step is None:
+        (folder / BEST).unlink(missing_ok=True)
+    else:
+        write_atomically(folder / BEST, json.dumps({"step": step, "loss": loss}))
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    # safetensors neither flushes nor respects the umask (it leaves mode 0600).
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+def set_aside(checkpoint: Checkpoint) -> Path:
+    """Rename a checkpoint that cannot be used, so that it is kept and never counted again. Raises OSError."""
+    place = checkpoint.folder.with_name(f"{checkpoint.folder.name}.unusable")
+    if place.exists():
+        remove(place)
+    return checkpoint.folder.rename(place)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint folder; a crash on the way leaves no half one under its name. Raises OSError."""
+    doomed = folder.rename(folder.with_name(f"{folder.name}.removed-{os.getpid()}"))
+    shutil.rmtree(doomed)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed writer left behind. Only for the process that holds the run's lock."""
+    for pattern in ("*.partial-*", "*.removed-*"):
+        for path in folder.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _expect_room(folder: Path, n_bytes: int) -> None:
+    free, wanted = shutil.disk_usage(folder).free, int(ROOM * n_bytes)
+    if free < wanted:
+        raise OSError(errno.ENOSPC, f"{wanted / 1e6:,.1f} MB are wanted and {free / 1e6:,.1f} MB are free", str(folder))
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    # The library neither flushes nor lets others read the file, whatever the umask (safetensors 0.8).
+    follow_umask(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make names durable; Windows has no such call and needs none."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _digest(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def _dump(values: Mapping[str, Any]) -> bytes:
@@ -180,7 +248,7 @@ def _dump(values: Mapping[str, Any]) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_within(path, path.parent)
     except OSError as e:
         raise RunError(f"the checkpoint file '{path}' cannot be read: {e.strerror or e}") from None
 
@@ -198,5 +266,5 @@ def _json(data: bytes, path: Path) -> dict[str, Any]:
 def _tensors(data: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return dict(load(data))
-    except (SafetensorError, ValueError) as e:
+    except (SafetensorError, ValueError, KeyError, TypeError) as e:
         raise RunError(f"the checkpoint file '{path}' is damaged: {e}") from None

@@ -50,6 +50,8 @@ class Step(Record):
     epoch: float
     loss: float
     lr: float
+    weight_decay: float
+    """Of the matrices."""
     grad_norm: float
     tokens_per_second: float
     """Of this step; evaluation, sampling and saving are not in it."""
@@ -57,6 +59,24 @@ class Step(Record):
     """Peak so far: CUDA's allocated memory, or the process's resident set on a CPU."""
     seconds: float
     """Training time since step 0, without evaluation, sampling and saving."""
+    skipped: int = 0
+    """Steps so far whose update was left out."""
+
+
+@dataclass(frozen=True)
+class Phase(Record):
+    """The second or a later phase of a run begins."""
+
+    kind: ClassVar[str] = "phase"
+    step: int
+    """Steps done before it."""
+    number: int
+    """1-based."""
+    steps: int
+    lr: float
+    """Peak."""
+    weight_decay: float
+    data: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,10 @@ class Validation(Record):
     perplexity: float
     bits_per_byte: float
     best: bool
+    train_loss: float | None = None
+    """Mean training loss since the validation before."""
+    memorising: bool = False
+    """Validation has been rising while training fell."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +127,25 @@ class End(Record):
     finished: bool
     summary: dict[str, Any]
     """The final numbers, also written to summary.json."""
+    reason: str | None = None
+    """What ended it, where it was neither the last step nor the user."""
 
 
 class Observer:
     """Watches a run. Each method does nothing unless overridden."""
+
+    def state(self) -> dict[str, Any]:
+        """What this observer needs to go on after a resume, as JSON values; saved with every checkpoint."""
+        return {}
 
     def on_start(self, record: Start) -> None:
         """The run begins."""
 
     def on_step(self, record: Step) -> None:
         """After every optimiser step."""
+
+    def on_phase(self, record: Phase) -> None:
+        """Before the first step of the second and every later phase."""
 
     def on_validation(self, record: Validation) -> None:
         """After every validation."""
@@ -125,3 +158,17 @@ class Observer:
 
     def on_end(self, record: End) -> None:
         """The run stops; release what is held."""
+
+
+def notify(observer: Observer, record: Record) -> None:
+    """Call the method of ``observer`` that takes this kind of record."""
+    hook = {
+        Start: "on_start",
+        Step: "on_step",
+        Phase: "on_phase",
+        Validation: "on_validation",
+        Sample: "on_sample",
+        Message: "on_message",
+        End: "on_end",
+    }[type(record)]
+    getattr(observer, hook)(record)

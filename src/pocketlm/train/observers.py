@@ -3,26 +3,28 @@
 What belongs here: one class for each place that a run's records go to. Imports ``errors``, ``train.events`` and
 ``train.words``; TensorBoard (and with it torch) only when asked for.
 
-Design: watchers hold no state that a resume needs. ``metrics.jsonl`` carries its own: a resumed run cuts off
-what lies beyond its checkpoint and goes on, so the file is the one an uninterrupted run would have written.
+Design: only ``metrics.jsonl`` needs a state for a resume, and that is saved with the checkpoint: a resumed run cuts
+the file at that place and goes on, so it is the one an uninterrupted run would have written.
 Averages shown are exponential with a memory of 100 steps, divided by their weight so that they are right from step 1.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from pocketlm.errors import MissingExtraError
-from pocketlm.train.events import End, Message, Observer, Record, Sample, Start, Step, Validation
+from pocketlm.train.events import End, Message, Observer, Phase, Record, Sample, Start, Step, Validation
 from pocketlm.train.words import (
     clock,
     closing_lines,
@@ -30,6 +32,7 @@ from pocketlm.train.words import (
     fit,
     gigabytes,
     paragraph,
+    phase_line,
     sample_title,
     table,
     validation_line,
@@ -70,6 +73,7 @@ class Progress:
     def __init__(self) -> None:
         self.loss, self.seconds_per_token = RunningMean(), RunningMean()
         self.validation: float | None = None
+        self.memorising = False
         self.began = time.monotonic()
         self.first: int | None = None
 
@@ -82,7 +86,9 @@ class Progress:
         pace = (time.monotonic() - self.began) / max(1, step.step - self.first)
         figures = {"loss": f"loss {step.loss:.3f}", "average": f"avg {self.loss.value:.3f}"}
         if self.validation is not None:
-            figures["validation"] = f"val {self.validation:.3f}"
+            figures["validation"] = f"val {self.validation:.3f}" + (" memorising" if self.memorising else "")
+        if step.skipped:
+            figures["skipped"] = f"{step.skipped} skipped"
         return figures | {
             "lr": f"lr {step.lr:.1e}",
             "speed": f"{count(1.0 / self.seconds_per_token.value)} tok/s",
@@ -131,8 +137,12 @@ class ProgressBar(Observer):
             self.shown_step, self.shown_at = record.step, time.monotonic()
             self._print("  ".join(("step " + position, *figures.values())))
 
+    def on_phase(self, record: Phase) -> None:
+        for line in paragraph(phase_line(record), self._width()):
+            self._print(line)
+
     def on_validation(self, record: Validation) -> None:
-        self.progress.validation = record.loss
+        self.progress.validation, self.progress.memorising = record.loss, record.memorising
         line = validation_line(record)
         self._print(self._bold(line) if record.best else line)
 
@@ -205,8 +215,11 @@ class TextLog(Observer):
         if record.step % self.log_every == 0 or record.step == self.total:
             self._write("  ".join((f"step {record.step:,}/{self.total:,}", *figures.values())))
 
+    def on_phase(self, record: Phase) -> None:
+        self._write(phase_line(record))
+
     def on_validation(self, record: Validation) -> None:
-        self.progress.validation = record.loss
+        self.progress.validation, self.progress.memorising = record.loss, record.memorising
         self._write(validation_line(record))
 
     def on_sample(self, record: Sample) -> None:
@@ -218,6 +231,8 @@ class TextLog(Observer):
         self._write(record.text)
 
     def on_end(self, record: End) -> None:
+        if record.reason:
+            self._write(record.reason)
         for line in closing_lines(record, self.total, width=120):
             if line:
                 self._write(line)
@@ -237,40 +252,56 @@ def _speaks_unicode(stream: TextIO) -> bool:
 class MetricsFile(Observer):
     """``metrics.jsonl``: one JSON object a line, written through at once.
 
-    Holds the start, one ``train`` line for every ``log_every`` steps, validations and samples. A train line's
-    loss is the mean over the tokens of its steps, its tokens/s those tokens over their time; the rest is the
-    last step's. NaN and infinity become null. Messages and the end are in train.log and summary.json: an
-    uninterrupted run would have others.
+    Holds the start, one ``train`` line for every ``log_every`` steps, phases, validations and samples. A train line's
+    loss is the mean over the tokens of its steps (those whose loss was finite), its tokens/s those tokens over their
+    time; the rest is the last step's. NaN and infinity become null. Messages and the end are in train.log and
+    summary.json: an uninterrupted run would have others.
 
-    ``step`` is where the run goes on. Lines beyond it, and a line torn by a crash, are cut off; the partial line
-    that an interrupted run left at ``step`` is taken back into the average.
+    ``saved`` is what ``state`` gave when the checkpoint was taken from which the run goes on; lines beyond it are cut
+    off and the average goes on where it was, so the file becomes the one of an uninterrupted run. Lines that a full
+    disk refuses are kept and written when it takes them again.
     """
 
-    def __init__(self, path: Path, log_every: int, step: int = 0) -> None:
+    def __init__(self, path: Path, log_every: int, saved: Mapping[str, Any] | None = None) -> None:
         self.log_every, self.total = log_every, 0
-        self.last_step: Step | None = None
-        self.nats = 0.0
-        lines = _lines_until(path, step)
-        partial = lines.pop() if lines and _is_partial(lines[-1][1], step, log_every) else None
-        trained = [line for _, line in lines if line["kind"] == "train"]
-        self.base_tokens: int = trained[-1]["tokens"] if trained else 0
-        self.base_seconds: float = trained[-1]["seconds"] if trained else 0.0
-        self.seen_tokens = self.base_tokens
-        if partial is not None:
-            self._take_in(_step_of(partial[1]))
-        self.is_new = not lines
-        self.file = path.open("ab")
-        self.file.truncate(lines[-1][0] if lines else 0)
+        saved = saved or {"bytes": 0, "pending": [], "nats": 0.0, "nats_tokens": 0, "base": [0, 0.0], "last": None}
+        self.nats: float = saved["nats"]
+        self.nats_tokens: int = saved["nats_tokens"]
+        self.base_tokens, self.base_seconds = saved["base"]
+        self.last_step = None if saved["last"] is None else Step(**saved["last"])
+        self.seen_tokens: int = self.last_step.tokens if self.last_step else self.base_tokens
+        self.pending: list[str] = list(saved["pending"])
+        self.file = path.open("ab", buffering=0)
+        self.end = min(saved["bytes"], self.file.tell())
+        self.file.truncate(self.end)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "bytes": self.end,
+            "pending": list(self.pending),
+            "nats": self.nats,
+            "nats_tokens": self.nats_tokens,
+            "base": [self.base_tokens, self.base_seconds],
+            "last": None if self.last_step is None else _strict(vars(self.last_step)),
+        }
 
     def on_start(self, record: Start) -> None:
         self.total = record.total_steps
-        if record.step == 0 and self.is_new:
+        if record.step == 0:
             self._write(record)
 
     def on_step(self, record: Step) -> None:
-        self._take_in(record)
+        tokens = record.tokens - self.seen_tokens
+        if math.isfinite(record.loss):
+            self.nats += record.loss * tokens
+            self.nats_tokens += tokens
+        self.seen_tokens = record.tokens
+        self.last_step = record
         if record.step % self.log_every == 0 or record.step == self.total:
             self._write_mean()
+
+    def on_phase(self, record: Phase) -> None:
+        self._write(record)
 
     def on_validation(self, record: Validation) -> None:
         self._write(record)
@@ -279,52 +310,36 @@ class MetricsFile(Observer):
         self._write(record)
 
     def on_end(self, record: End) -> None:
-        self._write_mean()
-        self.file.close()
-
-    def _take_in(self, record: Step) -> None:
-        self.nats += record.loss * (record.tokens - self.seen_tokens)
-        self.seen_tokens = record.tokens
-        self.last_step = record
+        try:
+            self._write_mean()
+        finally:
+            self.file.close()
 
     def _write_mean(self) -> None:
         last = self.last_step
         if last is None:
             return
         tokens, seconds = last.tokens - self.base_tokens, last.seconds - self.base_seconds
-        mean = {"loss": self.nats / max(1, tokens), "tokens_per_second": tokens / seconds if seconds > 0 else 0.0}
-        self._write(Step(**{**vars(last), **mean}))
+        mean = {
+            "loss": self.nats / self.nats_tokens if self.nats_tokens else math.nan,
+            "tokens_per_second": tokens / seconds if seconds > 0 else 0.0,
+        }
         self.base_tokens, self.base_seconds = last.tokens, last.seconds
-        self.last_step, self.nats = None, 0.0
+        self.last_step, self.nats, self.nats_tokens = None, 0.0, 0
+        self._write(Step(**{**vars(last), **mean}))
 
     def _write(self, record: Record) -> None:
-        self.file.write(json.dumps(_strict(record.to_dict()), allow_nan=False).encode() + b"\n")
-        self.file.flush()
-
-
-def _lines_until(path: Path, step: int) -> list[tuple[int, dict[str, Any]]]:
-    """(byte offset of its end, record) of every whole line up to ``step``; steps never fall along the file."""
-    found: list[tuple[int, dict[str, Any]]] = []
-    end = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        self.pending.append(json.dumps(_strict(record.to_dict()), allow_nan=False))
+        data = "".join(f"{line}\n" for line in self.pending).encode()
         try:
-            record = json.loads(line)
-        except ValueError:
-            break
-        end += len(line)
-        if not line.endswith(b"\n") or not isinstance(record, dict) or record["step"] > step:
-            break
-        found.append((end, record))
-    return found
-
-
-def _is_partial(record: dict[str, Any], step: int, log_every: int) -> bool:
-    return record["kind"] == "train" and record["step"] == step and step % log_every != 0
-
-
-def _step_of(record: dict[str, Any]) -> Step:
-    values: dict[str, Any] = {k: math.nan if v is None else v for k, v in record.items() if k != "kind"}
-    return Step(**values)
+            if self.file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
+        except OSError:
+            with suppress(OSError):
+                self.file.truncate(self.end)
+            raise
+        self.pending = []
+        self.end += len(data)
 
 
 def _strict(value: Any) -> Any:

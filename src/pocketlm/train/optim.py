@@ -27,7 +27,6 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-        self.peak_lr = config.lr
         matrices = {p for p in self.names if p.ndim >= 2}
         vectors = [p for p in self.names if p not in matrices]
         muon = config.name == "muon"
@@ -35,8 +34,8 @@ class Optimizers:
         others = [p for p in self.names if p in matrices.difference(hidden)]
         device = next(iter(self.names)).device
         groups = [
-            {"params": others, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": others, "weight_decay": config.weight_decay, "decayed": True},
+            {"params": vectors, "weight_decay": 0.0, "decayed": False},
         ]
         adamw = torch.optim.AdamW(
             [g for g in groups if g["params"]],
@@ -49,17 +48,21 @@ class Optimizers:
         if hidden:
             if not hasattr(torch.optim, "Muon"):
                 raise ConfigError(f"optimizer.name is muon, which torch {torch.__version__} lacks: use adamw")
+            muons = [{"params": hidden, "decayed": True}]
             self.parts.append(
-                torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+                torch.optim.Muon(muons, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             )
         owned = [p for part in self.parts for group in part.param_groups for p in group["params"]]
         assert len(owned) == len(set(owned)) == len(self.names), "every parameter has one optimiser"
 
-    def set_lr(self, lr: float) -> None:
-        """Put this learning rate in force for the next step."""
+    def configure(self, config: OptimizerConfig, lr: float) -> None:
+        """Put these settings, and ``lr`` at this step, in force for the next step."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
+                group["weight_decay"] = config.weight_decay if group["decayed"] else 0.0
+                if "betas" in group:
+                    group["betas"], group["eps"] = (config.beta1, config.beta2), config.eps
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

@@ -166,13 +166,18 @@ def _notes(run: Recorded) -> list[tuple[str, str]]:
     scored, total = run.kind("validation"), run.summary.get("total_steps")
     if not run.summary.get("finished") and total:
         notes.append((f"It stands at step {run.last.get('step', 0):,} of {total:,}.", "note"))
-    if run.best and scored[-1]["loss"] is not None and scored[-1]["loss"] > WORSE * run.best["loss"]:
+    rose = run.best and scored[-1]["loss"] is not None and scored[-1]["loss"] > WORSE * run.best["loss"]
+    if run.best and (rose or scored[-1].get("memorising")):
         text = (
             f"After step {run.best['step']:,} validation loss rose, to {scored[-1]['loss']:.2f} at the last: the model "
             "was memorising its text. The checkpoint of the best step is the one that is used."
         )
         notes.append((text, "note warning"))
-    if any(record["loss"] is None for record in run.kind("train")):
+    skipped = run.last.get("skipped", 0)
+    if skipped:
+        text = f"The updates of {skipped:,} steps were left out: their loss or gradient was not finite, or spiked."
+        notes.append((text, "note warning"))
+    elif any(record["loss"] is None for record in run.kind("train")):
         notes.append(("Some training losses are not finite numbers; the curve has gaps there.", "note warning"))
     return notes
 

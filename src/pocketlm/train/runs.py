@@ -6,6 +6,7 @@ What belongs here: paths and their meaning. Imports ``errors``, ``config``, ``to
 
     runs/demo-20261120-221500/
         config.yaml        the effective configuration; enough to repeat the run
+        run.json           the run's own number, the fingerprint of its text, the run it continues
         tokenizer/         tokenizer.json and friends
         checkpoints/       the best and the last
         logs/              train.log, metrics.jsonl, tensorboard/
@@ -18,6 +19,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from pocketlm.config import Config, file_layer, load_config
 from pocketlm.errors import RunError
@@ -60,6 +63,11 @@ class Run:
         return self.folder / "logs"
 
     @property
+    def identity_path(self) -> Path:
+        """The run's own number, and the fingerprints of its texts."""
+        return self.folder / "run.json"
+
+    @property
     def summary_path(self) -> Path:
         """Final numbers."""
         return self.folder / "summary.json"
@@ -67,6 +75,20 @@ class Run:
     def config(self) -> Config:
         """The effective configuration. Raises ConfigError."""
         return load_config(file_layer(self.config_path))
+
+    def lock(self) -> FileLock:
+        """Claim the folder, which exists, for this process. Raises RunError when another one has it."""
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(
+                f"the run '{self.folder}' is being trained by another process: wait for it, stop it, or name "
+                f"another folder"
+            ) from None
+        except (OSError, NotImplementedError) as e:
+            raise RunError(f"the run's folder '{self.folder}' cannot be written: {e}") from None
+        return lock
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer. Raises TokenizerError."""
@@ -78,7 +100,7 @@ class Run:
         if not found:
             raise RunError(f"the run '{self.folder}' has no checkpoint yet")
         if which == "best":
-            return checkpoint.best(found)
+            return checkpoint.best(self.checkpoints)
         if which == "last":
             return found[0]
         for candidate in found:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pocketlm.train.events import End, Sample, Validation
+from pocketlm.train.events import End, Phase, Sample, Validation
 
 
 def count(n: float) -> str:
@@ -86,6 +86,14 @@ def validation_line(record: Validation) -> str:
     return (
         f"step {record.step:,}  validation loss {record.loss:.3f}  perplexity {perplexity(record.perplexity)}"
         f"  {record.bits_per_byte:.3f} bits/byte{best}"
+    )
+
+
+def phase_line(record: Phase) -> str:
+    """'phase 2: 50 steps after step 5,000, learning rate 1.0e-04, weight decay 0.02, Shakespeare'."""
+    return (
+        f"phase {record.number}: {record.steps:,} steps after step {record.step:,}, learning rate {record.lr:.1e}, "
+        f"weight decay {record.weight_decay:g}, {record.data}"
     )
 
 
