@@ -2,69 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from small import MODES, run_small
 
-from pocketlm.cli import main
-from pocketlm.config import ModelConfig, OptimizerConfig, ScheduleConfig, load_config, override_layer, preset_layer
+from pocketlm.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from pocketlm.data.loader import Batch
-from pocketlm.errors import RunError
 from pocketlm.model.transformer import Transformer
-from pocketlm.train import checkpoint
-from pocketlm.train.loop import compute_gradients, train, update
+from pocketlm.train.loop import compute_gradients, update
 from pocketlm.train.optim import Optimizers
-from pocketlm.train.runs import Run
 from pocketlm.train.schedule import lr_factor
-from pocketlm.train.setup import open_session
 from pocketlm.train.state import TrainState
-
-MODES = ["stream", "pack", "bucket", "pad"]
-SMALL = {
-    "model.n_layer": "2",
-    "model.n_head": "2",
-    "model.n_embd": "16",
-    "model.block_size": "32",
-    "tokenizer.name": "bytes",
-    "data.document": "line",
-    "training.steps": "6",
-    "training.batch_size": "3",
-    "training.grad_accum": "2",
-    "training.precision": "fp32",
-    "training.device": "cpu",
-    "training.save_every": "2",
-    "training.log_every": "1",
-    "schedule.warmup_steps": "2",
-    "evaluation.every": "3",
-    "sampling.every": "3",
-    "sampling.max_tokens": "4",
-}
-
-
-def small_config(book: Path, **changes: str):
-    pairs = {**SMALL, "data.path": str(book), "data.cache_dir": str(book.parent / "cache"), **changes}
-    return load_config(preset_layer("demo"), override_layer(list(pairs.items())))
-
-
-def run_small(folder: Path, book: Path, **changes: str):
-    session = open_session(
-        small_config(book, **changes), Run(folder), command="", began=time.perf_counter(), quiet=True
-    )
-    return session, train(session)
-
-
-def weights_hash(run: Run, which: str = "last") -> str:
-    return hashlib.sha256((run.checkpoint(which).folder / checkpoint.WEIGHTS).read_bytes()).hexdigest()
-
 
 # ---------------------------------------------------------------- schedule and optimiser
 
@@ -174,125 +124,7 @@ def test_fp16_scaling_skips_an_overflow_and_lowers_the_scale():
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
-# ---------------------------------------------------------------- resume
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resume_ends_in_the_same_weights_and_metrics(tmp_path, book, mode, optimizer):
-    changes = {"data.mode": mode, "model.dropout": "0.1", "optimizer.name": optimizer}
-    whole, _ = run_small(tmp_path / "whole", book, **changes)
-    part = Run(tmp_path / "part")
-    run_small(part.folder, book, **{**changes, "training.keep_last": "9"})
-    for found in checkpoint.find(part.checkpoints):
-        if found.step > 2:
-            for file in found.folder.iterdir():
-                file.unlink()
-            found.folder.rmdir()
-    assert checkpoint.find(part.checkpoints)[0].step == 2
-    run_small(part.folder, book, **changes)
-    assert weights_hash(part) == weights_hash(whole.run)
-
-    def curve(run: Run):
-        lines = map(json.loads, (run.logs / "metrics.jsonl").read_text().splitlines())
-        return [
-            (x["kind"], x["step"], x.get("loss"), x.get("text")) for x in lines if x["kind"] not in ("start", "end")
-        ]
-
-    assert curve(part) == curve(whole.run)
-
-
-def test_the_saved_configuration_repeats_the_run(tmp_path, book):
-    first, _ = run_small(tmp_path / "first", book)
-    again = open_session(first.run.config(), Run(tmp_path / "again"), command="", began=0.0, quiet=True)
-    train(again)
-    assert weights_hash(again.run) == weights_hash(first.run)
-
-
-def test_the_same_command_goes_on_with_its_run_and_another_is_refused(tmp_path, book, monkeypatch, capsys):
-    monkeypatch.setenv("POCKETLM_CACHE", str(tmp_path / "cache"))
-    flags = [x for name, value in SMALL.items() for x in (f"--{name}", value)]
-    command = ["train", str(book), "--out", str(tmp_path / "run"), *flags]
-    assert main(command) == 0
-    run = Run(tmp_path / "run")
-    finished = weights_hash(run)
-    newest = run.checkpoint("last").folder
-    for file in newest.iterdir():
-        file.unlink()
-    newest.rmdir()
-    assert main(command) == 0
-    assert weights_hash(run) == finished
-    capsys.readouterr()
-    assert main(command) == 2
-    assert "is finished, at step 6 of 6" in capsys.readouterr().err
-    assert main([*command, "--optimizer.lr", "0.5"]) == 2
-    assert "other settings (optimizer.lr)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path, book, number):
-    flags = [x for name, value in {**SMALL, "training.steps": "100000"}.items() for x in (f"--{name}", value)]
-    command = [sys.executable, "-m", "pocketlm", "train", str(book), "--out", str(tmp_path / "run"), *flags]
-    env = {**os.environ, "POCKETLM_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    metrics = tmp_path / "run" / "logs" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count('"train"') > 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
-    assert "--resume" in out and "Traceback" not in out
-    saved = checkpoint.find(Run(tmp_path / "run").checkpoints)[0]
-    steps = [json.loads(x) for x in metrics.read_text().splitlines()]
-    assert saved.step == max(x["step"] for x in steps if x["kind"] == "train")
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def test_best_and_last_are_kept(tmp_path, book):
-    session, _ = run_small(tmp_path / "run", book, **{"training.keep_last": "1", "evaluation.every": "2"})
-    kept = {c.step for c in checkpoint.find(session.run.checkpoints)}
-    assert kept == {session.state.progress.best_step, 6}
-    assert session.run.checkpoint("best").step == session.state.progress.best_step
-    assert session.run.checkpoint("last").step == 6
-
-
-@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.TRAINING, checkpoint.STATE])
-def test_one_flipped_bit_is_noticed(tmp_path, book, name):
-    session, _ = run_small(tmp_path / "run", book)
-    saved = session.run.checkpoint("last")
-    data = bytearray((saved.folder / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    (saved.folder / name).write_bytes(data)
-    with pytest.raises(RunError, match="damaged"):
-        saved.restore(session.state)
-
-
-def test_resume_passes_over_a_damaged_checkpoint_and_never_starts_again(tmp_path, book, capsys):
-    whole, _ = run_small(tmp_path / "whole", book)
-    part = Run(tmp_path / "part")
-    run_small(part.folder, book, **{"training.keep_last": "9"})
-    newest = checkpoint.find(part.checkpoints)[0]
-    (newest.folder / checkpoint.TRAINING).write_bytes(b"not what it was")
-    run_small(part.folder, book)
-    assert newest.folder.name in capsys.readouterr().err
-    assert weights_hash(part) == weights_hash(whole.run)
-    for saved in checkpoint.find(part.checkpoints):
-        (saved.folder / checkpoint.WEIGHTS).write_bytes(b"")
-    before = {c.step for c in checkpoint.find(part.checkpoints)}
-    with pytest.raises(RunError, match="none of the run's"):
-        run_small(part.folder, book)
-    assert {c.step for c in checkpoint.find(part.checkpoints)} == before
-
-
-def test_changed_text_is_noticed_on_resume(tmp_path, book):
-    run_small(tmp_path / "run", book)
-    book.write_text(book.read_text() + "One more line.\n")
-    with pytest.raises(RunError, match="changed since"):
-        run_small(tmp_path / "run", book)
+# ---------------------------------------------------------------- time
 
 
 def test_time_is_booked_where_it_was_spent(tmp_path, book):

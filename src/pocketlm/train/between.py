@@ -34,6 +34,7 @@ def survived(session: Session, what: str) -> Iterator[None]:
     try:
         yield
     except StopRequested:
+        session.left_undone = True
         session.say(f"{what} at step {step:,} is left for the resume")
     except Exception as e:
         problem = " ".join(str(e).split()) or "no reason given"
@@ -165,8 +166,8 @@ def end_record(session: Session, evaluation: Evaluation | None, *, finished: boo
 def finish(session: Session, evaluation: Evaluation | None, *, stopped_early: bool) -> End:
     """Write the final numbers and the report, and say goodbye."""
     progress, run = session.state.progress, session.run
-    finished = progress.step == session.total_steps or stopped_early
-    if stopped_early and progress.step < session.total_steps:
+    finished = (progress.step == session.total_steps or stopped_early) and not session.left_undone
+    if finished and progress.step < session.total_steps:
         session.say(
             f"stopped early at step {progress.step:,}: {session.config.safety.early_stop} validations in a row "
             f"brought no new best after step {progress.best_step:,}"

@@ -21,7 +21,12 @@ from pocketlm.train.state import TrainState
 
 AFTERWARDS = 0.1
 """Peak learning rate of an added phase, as a share of the last one's, when nothing else is asked for."""
-FIXED = {"model": "its shape is fixed", "tokenizer": "its weights belong to its tokenizer"}
+FIXED = {
+    "model": "its shape is fixed",
+    "tokenizer": "its weights belong to its tokenizer",
+    "optimizer.name": "its moments belong to its optimiser",
+    "training.seed": "it decides the order of the text that is still to come",
+}
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,10 @@ def continued(run: Run, which: str, steps: int, layer: Mapping[str, Mapping[str,
     Raises PocketError.
     """
     config, origin = run.config(), Origin(run, run.checkpoint(which))
-    for group, why in FIXED.items():
-        if group in layer and set(layer[group]) - {"dropout"}:
-            names = ", ".join(f"{group}.{name}" for name in layer[group])
-            raise ConfigError(f"a run cannot be continued with another {names}: {why}")
+    for name in (f"{group}.{name}" for group, values in layer.items() for name in values):
+        why = FIXED.get(name, FIXED.get(name.split(".")[0]))
+        if why and name != "model.dropout":
+            raise ConfigError(f"a run cannot be continued with another {name}: {why}")
     done = origin.checkpoint.step
     past = _past(config, done)
     if not past:

@@ -70,6 +70,8 @@ class Session:
     continued: bool
     """Whether this is the first process of a run that goes on from another one's checkpoint."""
     stop: StopSignal = field(default_factory=StopSignal)
+    left_undone: bool = False
+    """Whether a stop cut short what was due after the newest step."""
     failing: set[str] = field(default_factory=set)
     """What observers could not do, each said once."""
 
