@@ -95,16 +95,20 @@ def stranger(path: Path) -> str | None:
     if os.name != "posix" or not path.exists():
         return None
     status = path.stat()
-    if status.st_uid not in (os.geteuid(), 0):
-        return f"it belongs to {_user(status.st_uid)}"
+    if owner := foreign_owner(path):
+        return f"it belongs to {owner}"
     if path.is_dir() and status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
         return "every user may write into it"
     return None
 
 
-def _user(uid: int) -> str:
+def foreign_owner(path: Path) -> str | None:
+    """Whose ``path`` is, in words; nothing where it is this user's or root's."""
+    if os.name != "posix" or not path.exists() or path.stat().st_uid in (os.geteuid(), 0):
+        return None
     import pwd
 
+    uid = path.stat().st_uid
     try:
         return f"the user {pwd.getpwuid(uid).pw_name}"
     except KeyError:

@@ -36,13 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PocketError as e:
         print(f"pocketlm: error: {e}", file=sys.stderr)
         return 2
+    except OSError as e:
+        if isinstance(e, BrokenPipeError):
+            # The reader of our output has left, as `| head` does: nobody is there to be told.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        where = f"'{e.filename}': " if e.filename else ""
+        print(f"pocketlm: error: the system refused: {where}{e.strerror or e}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("pocketlm: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our output has left, as `| head` does: nobody is there to be told.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _dispatch(args: list[str], began: float) -> int:

@@ -1,6 +1,6 @@
 """Presets, YAML files and the command line as layers over each other.
 
-What belongs here: where values come from. Imports ``errors``, ``config.tree``, ``config.mistakes``.
+What belongs here: where values come from. Imports ``errors``, ``files``, ``config.tree``, ``config.mistakes``.
 
 Design: a layer is a plain dictionary - preset, then the user's YAML, then the command line - and only their sum is
 validated, once, so that a value means the same wherever it was written.
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from pocketlm.config.mistakes import nearest, sentences
 from pocketlm.config.tree import Config, Settings
 from pocketlm.errors import ConfigError
+from pocketlm.files import PICKLE_ADVICE, is_pickle
 
 
 def preset_names() -> list[str]:
@@ -37,6 +38,10 @@ def preset_layer(name: str) -> dict[str, Any]:
 
 def file_layer(path: Path) -> dict[str, Any]:
     """A YAML file's settings as a plain dictionary. Raises ConfigError."""
+    if is_pickle(path):
+        raise ConfigError(f"'{path}' {PICKLE_ADVICE}")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"the configuration file '{path}' cannot be read: it is not a plain file")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

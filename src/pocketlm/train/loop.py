@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from pocketlm.data.loader import Batch, Position
-from pocketlm.errors import PocketError
+from pocketlm.errors import PocketError, RunError
 from pocketlm.evaluate.perplexity import Evaluation
 from pocketlm.train import safety
 from pocketlm.train.between import end_record, finish, sample, start_record, step_record, validate
@@ -143,7 +143,7 @@ def gradients(session: Session, window: Sequence[Batch], n_targets: int, grad_cl
     """Clipped gradients of one step: (mean loss in nats a token, gradient norm before clipping).
 
     Where memory does not suffice the micro-batches are cut in two, again and again down to single rows; the gradient is
-    the same. Raises the allocator's error when not even that helps.
+    the same. Raises RunError when not even that helps.
     """
     progress = session.state.progress
     most = max(len(batch.inputs) for batch in window)
@@ -152,8 +152,14 @@ def gradients(session: Session, window: Sequence[Batch], n_targets: int, grad_cl
             cut = [piece for batch in window for piece in batch.cut(progress.pieces)]
             return compute_gradients(session.state, cut, n_targets, grad_clip)
         except (RuntimeError, MemoryError) as e:
-            if progress.pieces >= most or not is_out_of_memory(e):
+            if not is_out_of_memory(e):
                 raise
+            if progress.pieces >= most:
+                raise RunError(
+                    f"step {progress.step + 1} does not fit into memory, not even row by row: use a smaller "
+                    "--training.window or model, or --training.gradient_checkpointing; go on from the last checkpoint "
+                    f"with: pocketlm train --resume {session.run.folder}"
+                ) from None
         session.state.optimizers.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

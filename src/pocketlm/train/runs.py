@@ -1,6 +1,7 @@
 """A run's folder: what lies where, how one is made and found.
 
-What belongs here: paths and their meaning. Imports ``errors``, ``config``, ``tokenizers``, ``train.checkpoint``.
+What belongs here: paths and their meaning. Imports ``errors``, ``files``, ``config``, ``tokenizers``,
+``train.checkpoint``.
 
 ::
 
@@ -24,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from pocketlm.config import Config, file_layer, load_config
 from pocketlm.errors import RunError
+from pocketlm.files import PICKLE_ADVICE, foreign_owner, is_pickle
 from pocketlm.tokenizers import Tokenizer
 from pocketlm.train import checkpoint
 from pocketlm.train.checkpoint import Checkpoint
@@ -77,7 +79,13 @@ class Run:
         return load_config(file_layer(self.config_path))
 
     def lock(self) -> FileLock:
-        """Claim the folder, which exists, for this process. Raises RunError when another one has it."""
+        """Claim the folder, which exists. Raises RunError when another process or another user has it."""
+        if owner := foreign_owner(self.folder):
+            raise RunError(
+                f"the run's folder '{self.folder}' belongs to {owner}, who may change what is in it: copy it to "
+                f"a folder "
+                "of your own and train there"
+            )
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -113,13 +121,18 @@ class Run:
 def find_run(name: str, root: Path = RUNS) -> Run:
     """A run by its folder, its name under ``root``, or ``latest``. Raises RunError."""
     if name == "latest":
-        found = sorted(root.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime_ns)
+        mine = (path for path in root.glob("*/config.yaml") if not foreign_owner(path.parent))
+        found = sorted(mine, key=lambda path: path.stat().st_mtime_ns)
         if not found:
             raise RunError(f"there is no run in '{root}' yet: train one with 'pocketlm train'")
         return Run(found[-1].parent)
+    if is_pickle(Path(name)):
+        raise RunError(f"'{name}' {PICKLE_ADVICE}")
     for folder in (Path(name), root / name):
         if (folder / "config.yaml").is_file():
             return Run(folder)
+    if Path(name).is_file():
+        raise RunError(f"'{name}' is a file, not a run: name the run's folder")
     if Path(name).is_dir():
         raise RunError(f"'{name}' is a folder but not a run: it has no config.yaml")
     known = ", ".join(sorted(path.parent.name for path in root.glob("*/config.yaml"))[-5:])
