@@ -1,12 +1,11 @@
 """What a checkpoint costs a run: none, in the background, in line.
 
-    python benchmarks/checkpoint_stall.py --preset smollm2-135m --every 20 --repeats 3 --out docs/results/checkpoint-stall-cpu
+    python benchmarks/checkpoint_stall.py --preset smollm2-135m --every 20 --out docs/results/checkpoint-stall-cpu
 
-Trains the preset on Python's standard library with a byte tokenizer cut to the preset's own vocabulary size, so that the
-shape, and with it the state, is the preset's. The three ways take turns in one process and on one model: stretches of
-``--every`` steps, one checkpoint at the end of each, which lies in the background of the next. A stretch's wall-clock is
-compared with that of the stretch without a checkpoint of the same round; the page gives the medians. Writes a page (.md)
-and one JSON line a stretch (.jsonl).
+Trains the preset's shape on the bytes of Python's standard library, its vocabulary and with it the state as large as
+the preset's. The three ways take turns in one process and on one model: stretches of ``--every`` steps with one copy
+taken and one write done in each. A stretch's wall-clock is compared with that of the stretch without a checkpoint of
+the same round; the page gives the medians. Writes a page (.md) and one JSON line a stretch (.jsonl).
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def stretch(session: Session, steps: int, windows: Any, way: str) -> dict[str, f
 
 
 def measure(session: Session, every: int, repeats: int) -> list[dict[str, Any]]:
-    """Rounds of three stretches, each round in another order; a background write is paid for by the stretch after it."""
+    """Rounds of three stretches, each round in another order."""
     windows = session.phases[0].loader.windows(session.state.progress.position, 1)
     stretch(session, 3, windows, "background")  # buffers, caches and the optimiser's state come into being
     session.saver.wait()
@@ -92,10 +91,11 @@ def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         "",
         f"`{facts['command']}`, commit {facts['commit']}, {facts['device']}, torch {facts['versions']['torch']}.",
         "",
-        f"{facts['preset']}: {facts['parameters']:,} parameters, {facts['checkpoint_bytes'] / 1e9:.2f} GB a checkpoint, one",
-        f"every {facts['every']} steps of {facts['batch_size']} x {facts['window']} tokens; {facts['repeats']} rounds of the",
-        "three ways by turns in one process, medians. *In save* is how long training stands still; the ratio is wall-clock",
-        "against the stretch without a checkpoint of the same round, so it also counts what the writer takes from the cores.",
+        f"{facts['preset']}: {facts['parameters']:,} parameters, {facts['checkpoint_bytes'] / 1e9:.2f} GB a checkpoint,",
+        f"one every {facts['every']} steps of {facts['batch_size']} x {facts['window']} tokens; {facts['repeats']} rounds",
+        "of the three ways by turns in one process, medians. *In save* is how long training stands still; the ratio is",
+        "wall-clock against the stretch without a checkpoint of the same round, so it also counts what the background",
+        "writer takes from the cores.",
         "",
         "| checkpoint | stretch | in save | share of the stretch | wall-clock against none |",
         "|---|---|---|---|---|",
