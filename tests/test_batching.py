@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from pocketlm.data import batching
 from pocketlm.data.corpora import open_corpus
 from pocketlm.data.loader import IGNORE, Batch, Loader, Position
 from pocketlm.data.shards import Shard, TokenSplit, prepare
-from pocketlm.errors import CorpusError
+from pocketlm.errors import ConfigError, CorpusError
 from pocketlm.tokenizers import build_bytes
 
 MODES = ("stream", "pack", "bucket", "pad")
@@ -258,3 +258,86 @@ def test_a_split_shorter_than_a_window_is_refused_with_both_numbers(mode):
     Loader(split_of([14]), mode=mode, block_size=15, batch_size=1, seed=0)
     with pytest.raises(CorpusError, match=r"train split has 15 tokens.* window of 15.*--training\.window"):
         Loader(split_of([13]), mode=mode, block_size=15, batch_size=1, seed=0)
+
+
+# ---------------------------------------------------------------- accumulation windows and processes
+
+
+@st.composite
+def windows(draw) -> tuple[TokenSplit, Loader, int, int, int]:
+    """(split, loader, micro-batches a window, processes, windows looked at)."""
+    split, loader = draw(loaders())
+    world = draw(st.integers(1, 4))
+    return split, loader, world * draw(st.integers(1, 3)), world, draw(st.integers(1, 6))
+
+
+def assert_equal(a: list[Batch], b: list[Batch]) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert x.n_targets == y.n_targets
+        assert torch.equal(x.inputs, y.inputs) and torch.equal(x.targets, y.targets)
+        assert (x.document_ids is None) == (y.document_ids is None)
+        assert x.document_ids is None or torch.equal(x.document_ids, y.document_ids)
+
+
+def of_all_ranks(loader: Loader, start: Position, n: int, world: int, count: int):
+    """The windows of ``world`` processes put together: (micro-batches in order, position after)."""
+    ranks = [islice(loader.windows(start, n, rank=rank, world=world), count) for rank in range(world)]
+    for shares in zip(*ranks, strict=True):
+        assert len({(n_targets, position) for _, n_targets, position in shares}) == 1, "all ranks agree"
+        together = [shares[i % world][0][i // world] for i in range(n)]
+        assert sum(batch.n_targets for batch in together) == shares[0][1]
+        yield together, shares[0][2]
+
+
+@settings(max_examples=200)
+@given(windows(), st.integers(0, 3))
+def test_processes_share_the_windows_of_a_single_one(made, epoch):
+    _, loader, n, world, count = made
+    start = Position(epoch)
+    alone = islice(loader.windows(start, n), count)
+    for (together, after), (batches, n_targets, position) in zip(
+        of_all_ranks(loader, start, n, world, count), alone, strict=True
+    ):
+        assert_equal(together, batches)
+        assert after == position and n_targets == sum(b.n_targets for b in batches)
+
+
+@settings(max_examples=200)
+@given(windows(), st.integers(0, 20), st.integers(1, 4))
+def test_a_resume_with_another_number_of_processes_goes_on_in_the_same_order(made, stop, world_after):
+    _, loader, n, world, count = made
+    n *= world_after
+    whole = [batches for batches, _, _ in islice(loader.windows(Position(), n), stop + count)]
+    position = Position()
+    before = list(of_all_ranks(loader, position, n, world, stop))
+    position = before[-1][1] if before else position
+    after = list(of_all_ranks(loader, position, n, world_after, count))
+    for (seen, _), wanted in zip([*before, *after], whole, strict=True):
+        assert_equal(seen, wanted)
+
+
+@settings(max_examples=100)
+@given(windows())
+def test_every_token_is_a_target_exactly_once_an_epoch_among_all_processes(made):
+    split, loader, n, world, _ = made
+    stored = split.read(0, split.n_stored)
+    seen = np.zeros(split.n_stored, dtype=int)
+    epoch = loader.batches_in_epoch(0)
+    together = chain.from_iterable(window for window, _ in of_all_ranks(loader, Position(), n, world, -(-epoch // n)))
+    for batch in islice(together, epoch):  # the last window may reach into the next epoch
+        np.add.at(seen, batch.targets[(batch.targets != IGNORE) & (batch.targets != SEPARATOR)].numpy(), 1)
+    assert (seen[1:][stored[1:] != SEPARATOR] == 1).all()
+
+
+@pytest.mark.parametrize(("n", "world"), [(3, 2), (1, 4)])
+def test_windows_that_cannot_be_shared_out_are_refused(n, world):
+    loader = Loader(split_of([20]), mode="stream", block_size=4, batch_size=2, seed=0)
+    with pytest.raises(ConfigError, match=f"grad_accum {n} cannot be shared out evenly among {world} processes"):
+        next(loader.windows(Position(), n, rank=0, world=world))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_going_on_in_the_millionth_epoch_takes_no_longer_than_in_the_first(mode):
+    loader = Loader(split_of([20, 7, 9]), mode=mode, block_size=4, batch_size=2, seed=0)
+    batches, n_targets, position = next(loader.windows(Position(10**6, 1), 2))
+    assert len(batches) == 2 and n_targets > 0 and position == Position(10**6, 3)

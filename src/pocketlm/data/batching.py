@@ -37,6 +37,11 @@ class Plan:
         """Micro-batches in the epoch."""
         return len(self.widths)
 
+    def n_targets(self, i: int) -> int:
+        """Targets of batch ``i``."""
+        first, end = self.rows[self.batches[i]], self.rows[self.batches[i + 1]]
+        return int(np.diff(self.spans[first:end]).sum())
+
     @cached_property
     def useful_share(self) -> float:
         """Targets / cells."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from pocketlm.config import IGNORE
 from pocketlm.data import batching
 from pocketlm.data.batching import Plan
 from pocketlm.data.shards import TokenSplit
-from pocketlm.errors import CorpusError
+from pocketlm.errors import ConfigError, CorpusError
 
 
 @dataclass(frozen=True)
@@ -87,24 +86,36 @@ class Loader:
         self._shuffle = shuffle
         self._plan = lru_cache(maxsize=2)(self._make_plan)
 
-    def batches(self, start: Position) -> Iterator[tuple[Batch, Position]]:
-        """Micro-batches from ``start`` on, epoch after epoch, each with the position after it."""
-        epoch, index = start.epoch, start.index
-        while True:
-            plan = self._plan(epoch)
-            for i in range(index, plan.n_batches):
-                last = i + 1 == plan.n_batches
-                yield self._gather(plan, i), Position(epoch + 1, 0) if last else Position(epoch, i + 1)
-            epoch, index = epoch + 1, 0
-
     def windows(
         self, start: Position, micro_batches: int, *, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[list[Batch], int, Position]]:
-        """PLACEHOLDER until the branch that owns it is merged."""
-        batches = self.batches(start)
+        """Accumulation windows from ``start`` on: (micro-batches, targets of the whole window, position after it).
+
+        Of ``world`` processes, ``rank`` gets micro-batches rank, rank + world, ... of every window, so the order of the
+        data does not depend on their number. Raises ConfigError when ``micro_batches`` cannot be shared out evenly.
+        """
+        if micro_batches % world:
+            raise ConfigError(
+                f"training.grad_accum {micro_batches} cannot be shared out evenly among {world} processes: "
+                f"use a multiple of {world}"
+            )
+        position = start
         while True:
-            window = list(islice(batches, micro_batches))
-            yield [b for b, _ in window], sum(b.n_targets for b, _ in window), window[-1][1]
+            window: list[Batch] = []
+            n_targets = 0
+            for i in range(micro_batches):
+                plan = self._plan(position.epoch)
+                n_targets += plan.n_targets(position.index)
+                if i % world == rank:
+                    window.append(self._gather(plan, position.index))
+                last = position.index + 1 == plan.n_batches
+                position = Position(position.epoch + 1) if last else Position(position.epoch, position.index + 1)
+            yield window, n_targets, position
+
+    def batches(self, start: Position) -> Iterator[tuple[Batch, Position]]:
+        """Micro-batches from ``start`` on, epoch after epoch, each with the position after it."""
+        for (batch,), _, position in self.windows(start, 1):
+            yield batch, position
 
     def batches_in_epoch(self, epoch: int) -> int:
         """Micro-batches of that epoch; in mode stream their number may differ by one between epochs."""
