@@ -168,7 +168,7 @@ def test_a_half_written_shard_is_written_again(tmp_path):
         prepare(Counted(corpus, 20).corpus, BYTES, tmp_path / "cache", shard_tokens=100)
     folder = next(p for p in (tmp_path / "cache").iterdir() if p.is_dir())
     (folder / "train-00005.bin").write_bytes(b"torn")
-    (folder / "building.partial").write_text("{torn")
+    (folder / "building.json.partial-1").write_text("{torn")
     assert files(prepare(corpus, BYTES, tmp_path / "cache", shard_tokens=100).folder) == files(whole.folder)
 
 

@@ -56,15 +56,18 @@ def follow_umask(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def read_within(path: Path, folder: Path) -> bytes:
-    """Bytes of a plain file that lies in ``folder`` itself. Raises OSError.
+def lies_within(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is a plain file in ``folder`` itself. Raises OSError when it cannot be looked at.
 
     A pipe or device would be read for ever, and a link may lead anywhere.
     """
-    if path.resolve().parent != folder.resolve():
-        raise OSError(f"it is a link that leads out of '{folder}'")
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError("it is not a plain file")
+    return path.resolve().parent == folder.resolve() and stat.S_ISREG(path.stat().st_mode)
+
+
+def read_within(path: Path, folder: Path) -> bytes:
+    """Bytes of a file that ``lies_within`` its folder. Raises OSError."""
+    if not lies_within(path, folder):
+        raise OSError(f"it is no plain file in '{folder}'")
     return path.read_bytes()
 
 

@@ -1,6 +1,6 @@
 """Names, files and training of tokenizers behind one small class.
 
-What belongs here: everything that knows what a token is. Imports ``errors`` and ``config``.
+What belongs here: everything that knows what a token is. Imports ``errors``, ``files``, ``config``.
 
 Design: every tokenizer is a ``tokenizers.Tokenizer``, characters and bytes too: a merge-free BPE encodes the
 1.1 million characters of Shakespeare in 0.1 s, so every run's tokenizer is a plain ``tokenizer.json`` that
@@ -32,6 +32,7 @@ from tokenizers import Tokenizer as Library
 
 from pocketlm.config import ModelConfig, TokenizerConfig
 from pocketlm.errors import MissingExtraError, TokenizerError
+from pocketlm.files import PICKLE_ADVICE, is_pickle
 
 SEPARATOR = "<|endoftext|>"
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -125,6 +126,10 @@ class Tokenizer:
     def from_folder(cls, folder: Path, name: str | None = None) -> Tokenizer:
         """Read a folder with ``tokenizer.json``, or that file. Raises TokenizerError."""
         file = folder / "tokenizer.json" if folder.is_dir() else folder
+        if is_pickle(file):
+            raise TokenizerError(f"the tokenizer file '{file}' {PICKLE_ADVICE}")
+        if file.exists() and not file.is_file():
+            raise TokenizerError(f"the tokenizer file '{file}' cannot be read: it is not a plain file")
         try:
             text = file.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -284,6 +289,8 @@ def _safe_to_split(description: Mapping[str, Any]) -> bool:
 
 def _settings(file: Path) -> dict[str, Any]:
     """``tokenizer_config.json``, or nothing where there is none that can be read."""
+    if not file.is_file():
+        return {}
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -28,6 +28,7 @@ from pocketlm.config import DataConfig
 from pocketlm.data import hub
 from pocketlm.data.sources import JSONL_SUFFIXES, Keyed, cut, is_binary, read_documents
 from pocketlm.errors import CorpusError
+from pocketlm.files import PICKLE_ADVICE, is_pickle
 
 Documents = Callable[[], Iterator[Keyed]]
 Texts = Callable[[], Iterator[str]]
@@ -121,11 +122,13 @@ def open_corpus(config: DataConfig, *, mirror: Path | None) -> Corpus:
 
 def _open_path(name: str, path: Path, config: DataConfig) -> Corpus:
     if path.is_file():
+        if is_pickle(path):
+            raise CorpusError(f"'{path}' {PICKLE_ADVICE}")
         if path.suffix not in (*JSONL_SUFFIXES, ".parquet") and is_binary(path):
             raise CorpusError(f"'{path}' holds NUL bytes, so it is no text file")
         return _of_files(name, {"train": _Files(path.parent, [path.name])}, config, where=str(path))
     if not path.is_dir():
-        raise CorpusError(f"'{path}' is neither a file nor a folder")
+        raise CorpusError(f"'{path}' is neither a plain file nor a folder")
     names = _text_files(path)
     own: dict[str, list[str]] = {}
     for each in names:

@@ -1,7 +1,7 @@
 """The token cache: every corpus is tokenised once, into files that are verified and memory-mapped.
 
 What belongs here: the format on disk, writing it so that it can be resumed, and reading it. Imports ``errors``,
-``tokenizers``, ``data.corpora``, ``data.encoding``.
+``files``, ``tokenizers``, ``data.corpora``, ``data.encoding``.
 
 Design: a split is one stream ``sep d0 sep d1 ... sep dn sep``, so that every token but the first has one before it.
 It lies in shards of whole documents, 16 million tokens each (32 MB at 2 bytes), which is also what an interrupted
@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,15 +28,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pocketlm.data.corpora import Corpus
 from pocketlm.data.encoding import encoded
 from pocketlm.errors import CorpusError
+from pocketlm.files import flush_folder, lies_within, stranger, write_atomically, write_durably
 from pocketlm.tokenizers import Ids, Tokenizer
 
 FORMAT = 1
@@ -154,6 +155,12 @@ def prepare(
     settings = [FORMAT, corpus.fingerprint(), tokenizer.fingerprint, shard_tokens]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     folder = cache_dir / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', corpus.name)}-{key[:16]}"
+    for place in (cache_dir, folder):
+        if why := stranger(place):
+            raise CorpusError(
+                f"the token cache '{place}' is not trusted, because {why}: choose a place of your own with "
+                "--data.cache_dir"
+            )
     try:
         with suppress(CorpusError):
             return _open(folder, key)
@@ -172,6 +179,45 @@ def prepare(
             f"the token cache '{folder}' cannot be written or read: {e.strerror or e}; choose another place with "
             "--data.cache_dir"
         ) from None
+
+
+# ---------------------------------------------------------------- what a manifest may say
+
+_Number = Annotated[int, Field(ge=0, lt=2**48)]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Checked(BaseModel):
+    """A manifest is a file like any other: types, ranges and names are checked before they are used."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _Entry(_Checked):
+    tokens: Annotated[_Number, Field(ge=1)]
+    documents: _Number
+    bytes: _Number
+    words: _Number
+    lines: _Number
+    closes: bool
+    sha256: _Digest
+    docs_sha256: _Digest
+
+
+class _Made(_Checked):
+    name: str
+    fingerprint: str
+    vocab_size: _Number
+    separator_id: _Number
+
+
+class _Manifest(_Checked):
+    format: Literal[1]
+    fingerprint: str
+    corpus: dict[str, str]
+    tokenizer: _Made
+    dtype: Literal["<u2", "<u4"]
+    splits: dict[Annotated[str, Field(pattern=r"^\w+$")], list[_Entry]]
 
 
 # ---------------------------------------------------------------- opening
@@ -195,11 +241,12 @@ def _open(folder: Path, key: str) -> TokenCache:
 def _manifest(path: Path, key: str) -> dict[str, Any] | None:
     """A manifest of this key, or nothing."""
     try:
-        manifest = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        if not lies_within(path, path.parent):
+            return None
+        manifest = _Manifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
         return None
-    same = isinstance(manifest, dict) and (manifest.get("format"), manifest.get("fingerprint")) == (FORMAT, key)
-    return manifest if same else None
+    return manifest.model_dump() if manifest.fingerprint == key else None
 
 
 def _split(folder: Path, name: str, entries: list[dict[str, Any]], dtype: str, separator_id: int) -> TokenSplit:
@@ -211,7 +258,10 @@ def _split(folder: Path, name: str, entries: list[dict[str, Any]], dtype: str, s
         path = folder / _file(f"{name}-docs", i)
         if not _is_intact(path, 8 * entry["documents"], entry["docs_sha256"]):
             raise CorpusError(_damaged(path))
-        starts.append(np.fromfile(path, dtype="<i8") + offset)
+        inside = np.fromfile(path, dtype="<i8")
+        if len(inside) and not (inside[0] > 0 and (np.diff(inside) > 0).all() and inside[-1] < shard.n_tokens):
+            raise CorpusError(_damaged(path))
+        starts.append(inside + offset)
         offset += shard.n_tokens
     n_bytes, n_words, n_lines = (sum(entry[count] for entry in entries) for count in ("bytes", "words", "lines"))
     return TokenSplit(name, shards, np.concatenate(starts), separator_id, n_bytes, n_words, n_lines)
@@ -220,7 +270,7 @@ def _split(folder: Path, name: str, entries: list[dict[str, Any]], dtype: str, s
 def _is_intact(path: Path, size: int, sha256: str | None) -> bool:
     """Whether a file has this size and, where it is given, this digest."""
     try:
-        same_size = path.stat().st_size == size
+        same_size = lies_within(path, path.parent) and path.stat().st_size == size
         if not same_size or sha256 is None:
             return same_size
         with path.open("rb") as file:
@@ -267,11 +317,13 @@ def _build(
         for shard in _shards(encoded(documents, tokenizer), tokenizer, shard_tokens):
             entries.append(shard.write(folder, split, len(entries), manifest["dtype"]))
             total += len(shard.ids)
-            _replace(folder / BUILDING, json.dumps(manifest, indent=1))
+            write_atomically(folder / BUILDING, json.dumps(manifest, indent=1))
             if progress:
                 progress(split, total)
+    for left in folder.glob(f"{BUILDING}.partial-*"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     (folder / BUILDING).replace(folder / MANIFEST)
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
 @dataclass(frozen=True)
@@ -335,25 +387,5 @@ def _file(name: str, index: int) -> str:
 def _write(path: Path, values: npt.NDArray[Any]) -> str:
     """Write and flush; returns the sha256."""
     data = values.tobytes()
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(path, data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace a text file in one step, on the disk before it has its name."""
-    partial = path.with_suffix(".partial")
-    _write(partial, np.frombuffer(text.encode(), dtype=np.uint8))
-    partial.replace(path)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make names durable; Windows has no such call and needs none."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
